@@ -1,0 +1,278 @@
+"""What the engine asks of a target and a drafter, and the errors every room raises.
+
+A backend implements `Target` and any number of `Drafter`s. The engine knows nothing else about it: features cross as
+arrays, so a drafter of one backend may serve a target of another.
+
+Throughout: V = vocabulary of the target, d = its hidden size, m = number of target layers a drafter reads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+
+class DsparkError(Exception):
+    """An expected failure: one line that says what failed, and what to type next.
+
+    Attributes:
+        hint: a command or a change that would help; None if there is nothing to suggest.
+        exit_code: what the process ends with (1 failed, 2 usage, 3 this machine cannot serve it).
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class BadInput(DsparkError):
+    """The request itself cannot be served: wrong option, unreadable or unusable input."""
+
+    exit_code = 2
+
+
+class NotReady(DsparkError):
+    """This machine cannot serve the request: weights, memory or a driver is missing."""
+
+    exit_code = 3
+
+
+class PairMismatch(DsparkError):
+    """A drafter does not fit the target it was asked to serve."""
+
+
+class ContextFull(DsparkError):
+    """A sequence does not fit the context it was given."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Consecutive tokens of one sequence in a target pass.
+
+    seq:      which sequence
+    tokens:   the tokens, at positions length(seq) .. length(seq) + len(tokens) - 1
+    n_logits: how many of the last tokens need logits; None = all of them
+    """
+
+    seq: int
+    tokens: Sequence[int]
+    n_logits: int | None = None
+
+
+@dataclass(frozen=True)
+class RowOutput:
+    """What a target pass says about one `Row`. Arrays are views: valid until the next pass of that target.
+
+    logits:   float32 [n_logits, V]
+    features: float32 [len(tokens), m*d]  hidden states after the layers asked for, concatenated; None if none were asked
+    """
+
+    logits: FloatArray
+    features: FloatArray | None
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """Facts about a loaded target, for people and for pair checks.
+
+    format:   quantization or dtype ("Q4_1", "F16", "bf16")
+    device:   where the weights are ("cpu", "cuda:0", ...)
+    n_ctx:    positions one sequence may hold
+    n_seq:    sequences that may be open at once
+    details:  backend facts worth printing in `doctor` (threads, KV type, ...)
+    """
+
+    name: str
+    path: str
+    backend: str
+    format: str
+    device: str
+    n_vocab: int
+    n_embd: int
+    n_layer: int
+    n_ctx: int
+    n_seq: int
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Tokenizer(ABC):
+    """Text to ids and back, as the target's own vocabulary has it."""
+
+    n_vocab: int
+    bos_id: int | None
+    #: every token that ends a turn, not only the first EOS
+    eog_ids: frozenset[int]
+
+    @abstractmethod
+    def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
+        """Ids of `text`. `special`: markers such as <|im_end|> become control tokens; `bos`: start with BOS if the model uses one."""
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """Raw bytes of one token (may be part of a UTF-8 character); control tokens give b""."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`; invalid UTF-8 becomes U+FFFD."""
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
+
+
+class Target(ABC):
+    """The model whose text is reproduced. One context, several sequences, cached keys and values.
+
+    Use it as a context manager: leaving it frees everything native.
+    """
+
+    info: TargetInfo
+    tokenizer: Tokenizer
+
+    @abstractmethod
+    def render_chat(self, messages: Sequence[dict[str, str]], *, thinking: bool | None = None) -> str:
+        """The prompt text for `messages` (`role`, `content`), ready for the assistant's answer.
+
+        Raises DsparkError when the model has no chat template or the template refuses the messages.
+        """
+
+    @property
+    @abstractmethod
+    def max_rows(self) -> int:
+        """Tokens one `step` may hold over all its rows."""
+
+    @abstractmethod
+    def request_features(self, layers: Sequence[int]) -> None:
+        """From now on, return hidden states after these decoder layers (0-based; -1 = embeddings). [] switches them off.
+
+        Raises PairMismatch for a layer the target does not have.
+        """
+
+    @abstractmethod
+    def step(self, rows: Sequence[Row]) -> list[RowOutput]:
+        """One pass over `rows` (at most `max_rows` tokens, one row a sequence); their tokens are appended to the cache."""
+
+    @abstractmethod
+    def length(self, seq: int) -> int:
+        """Tokens of `seq` in the cache."""
+
+    @abstractmethod
+    def rewind(self, seq: int, length: int) -> None:
+        """Forget everything of `seq` from position `length` on."""
+
+    @abstractmethod
+    def fork(self, source: int, destination: int, length: int | None = None) -> None:
+        """Make `destination` share the first `length` tokens of `source` (all of them by default)."""
+
+    def drop(self, seq: int) -> None:
+        """Forget the sequence."""
+        self.rewind(seq, 0)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything. Calling it twice is harmless."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a drafter proposes after one anchor.
+
+    tokens:     int64   [k]     k <= the block asked for; may be empty
+    confidence: float32 [k]     P(token i accepted | all earlier accepted); None if the drafter cannot say
+    probs:      float32 [k, V]  the distribution each token was *sampled* from; None when the draft is deterministic
+    source:     which drafter made it, when several share a loop ("lookup", "dspark", ...)
+    """
+
+    tokens: IntArray
+    confidence: FloatArray | None = None
+    probs: FloatArray | None = None
+    source: str = ""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def prefix(self, length: int) -> Draft:
+        """The first `length` tokens with what belongs to them."""
+        if length >= len(self.tokens):
+            return self
+        return Draft(
+            self.tokens[:length],
+            None if self.confidence is None else self.confidence[:length],
+            None if self.probs is None else self.probs[:length],
+            self.source,
+        )
+
+
+EMPTY_DRAFT = Draft(np.empty(0, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """One sequence that wants a draft.
+
+    anchor: the last committed token, not yet in any cache
+    block:  tokens wanted at most
+    choose: draws a draft token: (logits float32 [V], drafted so far) -> (token, probs float32 [V]).
+            None asks for the deterministic (greedy) draft.
+    """
+
+    seq: int
+    anchor: int
+    block: int
+    choose: Any = None
+
+
+class Drafter(ABC):
+    """Proposes tokens after an anchor. Keeps one state a sequence, of the tokens it has observed.
+
+    Call order per round: `propose`, then after verification `observe` with the anchor and the accepted tokens.
+    What `propose` itself put in a cache is the drafter's own business: it must be gone, or reused, at the next call.
+    """
+
+    name: str
+    kind: str  # dspark, dflash, eagle3, small, lookup
+    block_size: int
+    #: target layers whose outputs `observe` needs; () = none
+    feature_layers: tuple[int, ...] = ()
+
+    @abstractmethod
+    def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
+        """A draft for each request, in order. All sequences share one pass where the drafter has passes."""
+
+    @abstractmethod
+    def observe(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
+        """`tokens` were committed to the target's cache of `seq`; features float32 [len(tokens), m*d] if asked for."""
+
+    @abstractmethod
+    def rewind(self, seq: int, length: int) -> None:
+        """Forget everything of `seq` from position `length` on."""
+
+    @abstractmethod
+    def fork(self, source: int, destination: int, length: int | None = None) -> None:
+        """Make `destination` share the first `length` observed tokens of `source`."""
+
+    def drop(self, seq: int) -> None:
+        """Forget the sequence."""
+        self.rewind(seq, 0)
+
+    def close(self) -> None:  # noqa: B027  (most drafters hold nothing native)
+        """Free everything. Calling it twice is harmless."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
