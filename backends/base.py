@@ -136,6 +136,11 @@ class Target(ABC):
     info: TargetInfo
     tokenizer: Tokenizer
 
+    @property
+    @abstractmethod
+    def native_ms(self) -> float:
+        """Milliseconds spent inside native passes so far: what is not in here is overhead of ours."""
+
     @abstractmethod
     def render_chat(self, messages: Sequence[dict[str, str]], *, thinking: bool | None = None) -> str:
         """The prompt text for `messages` (`role`, `content`), ready for the assistant's answer.

@@ -1,0 +1,140 @@
+"""A libllama context: sequences, passes, rewinds. Target and drafters share it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from dspark_cli.backends.base import BadInput, ContextFull, DsparkError
+from dspark_cli.backends.llamacpp import native
+from dspark_cli.backends.llamacpp.model import Model, out_of_memory
+from dspark_cli.backends.llamacpp.native import Batch, lib
+
+KV_TYPES = {
+    "f32": lib.GGML_TYPE_F32,
+    "f16": lib.GGML_TYPE_F16,
+    "bf16": lib.GGML_TYPE_BF16,
+    "q8_0": lib.GGML_TYPE_Q8_0,
+    "q5_1": lib.GGML_TYPE_Q5_1,
+    "q5_0": lib.GGML_TYPE_Q5_0,
+    "q4_1": lib.GGML_TYPE_Q4_1,
+    "q4_0": lib.GGML_TYPE_Q4_0,
+}
+FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
+DEFAULT_CTX = 4096
+
+
+def usable_cores() -> int:
+    """Physical cores this process may run on: a second thread on one core slows ggml down."""
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        allowed = os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """How contexts are made. `ctx`: positions per sequence (None = the smaller of 4096 and what the model was trained on)."""
+
+    ctx: int | None = None
+    n_seq: int = 1
+    threads: int | None = None
+    gpu_layers: int = -1
+    kv_type: str = "f16"
+    flash_attn: str = "auto"
+    ubatch: int = 512
+
+    def __post_init__(self) -> None:
+        if self.kv_type not in KV_TYPES:
+            raise BadInput(f"unknown KV type {self.kv_type!r}: one of {', '.join(KV_TYPES)}")
+        if self.flash_attn not in FLASH_ATTN:
+            raise BadInput(f"flash attention is one of {', '.join(FLASH_ATTN)}, not {self.flash_attn!r}")
+        for name, value in (("ctx", self.ctx), ("threads", self.threads), ("n_seq", self.n_seq)):
+            if value is not None and value < 1:
+                raise BadInput(f"{name} must be at least 1, not {value}")
+
+
+class Context:
+    """One `llama_context` with its model, a token batch, and the number of tokens of each sequence.
+
+    native_ms grows by the time spent inside llama_decode (synchronised), so that callers can tell passes from overhead.
+    """
+
+    def __init__(self, model: Model, options: ContextOptions, *, n_ctx: int, other: Any = None) -> None:
+        self.model = model
+        self.n_ctx = n_ctx
+        self.n_seq = options.n_seq
+        self.threads = options.threads or usable_cores()
+        self.native_ms = 0.0
+        params = lib.llama_context_default_params()
+        # One cache for all sequences: forking a prefix is free, and a pass over several sequences is one ubatch.
+        params.kv_unified = True
+        params.n_ctx = n_ctx * options.n_seq
+        params.n_batch = max(options.ubatch, min(2048, params.n_ctx))
+        params.n_ubatch = min(options.ubatch, params.n_batch)
+        params.n_seq_max = options.n_seq
+        params.n_threads = params.n_threads_batch = self.threads
+        params.type_k = params.type_v = KV_TYPES[options.kv_type]
+        params.flash_attn_type = FLASH_ATTN[options.flash_attn]
+        params.swa_full = True  # rejected drafts are rewound: a sliding window that forgot its past could not be
+        params.no_perf = True
+        if other is not None:
+            params.ctx_other = other
+        log = native.start()
+        log.clear()
+        self.handle = lib.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise out_of_memory(f"a context of {params.n_ctx} tokens for {model.path.name}", log)
+        self.memory = lib.llama_get_memory(self.handle)
+        self.max_rows = int(params.n_batch)
+        self.batch = Batch(self.max_rows)
+
+    def length(self, seq: int) -> int:
+        return int(lib.llama_memory_seq_pos_max(self.memory, seq)) + 1
+
+    def rewind(self, seq: int, length: int) -> None:
+        if not lib.llama_memory_seq_rm(self.memory, seq, length, -1):
+            raise DsparkError(
+                f"{self.model.path.name} ({self.model.architecture}) cannot take back tokens: "
+                "its state is recurrent, so drafts cannot be verified",
+                hint="--drafter none",
+            )
+
+    def fork(self, source: int, destination: int, length: int | None) -> None:
+        self.rewind(destination, 0)
+        lib.llama_memory_seq_cp(self.memory, source, destination, 0, -1 if length is None else length)
+
+    def decode(self, batch: Batch, n_tokens: int) -> None:
+        """One pass. Raises ContextFull when the cache has no room, DsparkError when libllama fails."""
+        start = time.perf_counter()
+        status = batch.decode(self.handle, n_tokens)
+        lib.llama_synchronize(self.handle)
+        self.native_ms += (time.perf_counter() - start) * 1e3
+        if status == 1:
+            raise ContextFull(
+                f"no room for {n_tokens} more tokens in a context of {self.n_ctx * self.n_seq}", hint="a larger --ctx"
+            )
+        if status != 0:
+            raise DsparkError(
+                f"libllama failed on a pass of {n_tokens} tokens (status {status}): {native.start().reason()}"
+            )
+
+    def logits(self, n_rows: int) -> Any:
+        """float32 [n_rows, V] of the last pass, in batch order; a view until the next pass."""
+        return native.rows_at(lib.llama_get_logits(self.handle), n_rows, self.model.n_vocab)
+
+    def layer_output(self, layer: int, n_tokens: int) -> Any:
+        """float32 [n_tokens, d]: hidden states after decoder layer `layer` (libllama: the input of the next one)."""
+        pointer = native.export("llama_get_embeddings_layer_inp")(self.handle, ctypes.c_uint32(layer + 1))
+        return native.rows_at(pointer, n_tokens, self.model.n_embd)
+
+    def close(self) -> None:
+        if self.handle:
+            lib.llama_free(self.handle)
+            self.handle = None

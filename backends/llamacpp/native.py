@@ -1,0 +1,183 @@
+"""The thin layer over libllama: exports that llama-cpp-python does not bind, batches made of numpy arrays, and its log.
+
+Exports are C++-mangled, not stable API, so the version is pinned in pyproject.toml and `check_exports` names what is missing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp import llama_cpp as lib
+
+from dspark_cli.backends.base import DsparkError, FloatArray, IntArray
+
+SUPPORTED_VERSION = "0.3.36"
+
+_CTX = lib.llama_context_p_ctypes
+_MODEL = lib.llama_model_p_ctypes
+_FLOATS = ctypes.POINTER(ctypes.c_float)
+
+#: name -> (mangled name on Linux and macOS, argument types, result type)
+_EXPORTS: dict[str, tuple[str, list[Any], Any]] = {
+    "llama_set_embeddings_layer_inp": (
+        "_Z30llama_set_embeddings_layer_inpP13llama_contextjb",
+        [_CTX, ctypes.c_uint32, ctypes.c_bool],
+        None,
+    ),
+    "llama_get_embeddings_layer_inp": (
+        "_Z30llama_get_embeddings_layer_inpP13llama_contextj",
+        [_CTX, ctypes.c_uint32],
+        _FLOATS,
+    ),
+    "llama_set_embeddings_nextn": (
+        "_Z26llama_set_embeddings_nextnP13llama_contextbb",
+        [_CTX, ctypes.c_bool, ctypes.c_bool],
+        None,
+    ),
+    "llama_get_embeddings_nextn": ("_Z26llama_get_embeddings_nextnP13llama_context", [_CTX], _FLOATS),
+    "llama_model_target_layer_ids": (
+        "_Z28llama_model_target_layer_idsPK11llama_model",
+        [_MODEL],
+        ctypes.POINTER(ctypes.c_int32),
+    ),
+    "llama_model_target_layer_ids_n": (
+        "_Z30llama_model_target_layer_ids_nPK11llama_model",
+        [_MODEL],
+        ctypes.c_uint32,
+    ),
+}
+
+
+def _find(name: str) -> Any:
+    mangled, argtypes, restype = _EXPORTS[name]
+    for candidate in (name, mangled):
+        function = getattr(lib._lib, candidate, None)
+        if function is not None:
+            function.argtypes, function.restype = argtypes, restype
+            return function
+    return None
+
+
+def check_exports() -> list[str]:
+    """Names of the exports that the installed libllama lacks ([] when everything is there)."""
+    return [name for name in _EXPORTS if _find(name) is None]
+
+
+@cache
+def export(name: str) -> Callable[..., Any]:
+    """The bound export. Raises DsparkError when this build of libllama does not have it."""
+    function = _find(name)
+    if function is None:
+        raise DsparkError(
+            f"libllama of llama-cpp-python {version('llama-cpp-python')} does not export {name}",
+            hint=f"pip install --force-reinstall llama-cpp-python=={SUPPORTED_VERSION}",
+        )
+    return function  # type: ignore[no-any-return]
+
+
+class NativeLog:
+    """Keeps libllama's last warnings and errors, so that a failed load can say why, and prints nothing."""
+
+    _PREFIX = re.compile(r"^[\w:~<>]+: ")
+
+    def __init__(self, keep: int = 20) -> None:
+        self.lines: deque[str] = deque(maxlen=keep)
+        self._callback = lib.llama_log_callback(self._receive)  # libllama keeps the pointer: so must we
+        lib.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _receive(self, level: int, text: bytes, _: ctypes.c_void_p) -> None:
+        line = text.decode("utf-8", errors="replace").strip()
+        if level in (2, 3) and line:
+            self.lines.append(line)
+
+    def clear(self) -> None:
+        self.lines.clear()
+
+    def reason(self) -> str:
+        """The most telling of the last lines, without the function name in front; "" if nothing was said."""
+        lines = [line for line in self.lines if "failed to load model" not in line] or list(self.lines)
+        return self._PREFIX.sub("", lines[0]) if lines else ""
+
+
+@cache
+def start() -> NativeLog:
+    """Initialise libllama once a process and take over its log."""
+    lib.llama_backend_init()
+    return NativeLog()
+
+
+class Batch:
+    """A `llama_batch` over numpy arrays: filled by slices, freed by Python.
+
+    `width` = 0 makes a token batch, otherwise an embedding batch of that width.
+    """
+
+    def __init__(self, capacity: int, width: int = 0) -> None:
+        self.token = np.zeros(capacity, dtype=np.int32)
+        self.pos = np.zeros(capacity, dtype=np.int32)
+        self.seq = np.zeros(capacity, dtype=np.int32)
+        self.logits = np.zeros(capacity, dtype=np.int8)
+        self.embd = np.zeros((capacity if width else 0, width), dtype=np.float32)
+        self._n_seq = np.ones(capacity, dtype=np.int32)
+        # seq_id is int32_t **: entry i points at the one sequence id of token i.
+        self._seq_pointers = (self.seq.ctypes.data + 4 * np.arange(capacity)).astype(np.uintp)
+        self._struct = lib.llama_batch(
+            n_tokens=0,
+            token=None if width else self.token.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            embd=self.embd.ctypes.data_as(_FLOATS) if width else None,
+            pos=self.pos.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            n_seq_id=self._n_seq.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._seq_pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+            logits=self.logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    @property
+    def capacity(self) -> int:
+        return len(self.pos)
+
+    def decode(self, ctx: Any, n_tokens: int) -> int:
+        """Run the first `n_tokens` entries through `ctx`; returns llama_decode's status (0 = done)."""
+        self._struct.n_tokens = n_tokens
+        return int(lib.llama_decode(ctx, self._struct))
+
+
+def rows_at(pointer: Any, n_rows: int, width: int) -> FloatArray:
+    """A view [n_rows, width] of native floats; valid until the context decodes again."""
+    return np.ctypeslib.as_array(pointer, shape=(n_rows, width))
+
+
+def layer_ids(model: Any) -> tuple[int, ...]:
+    """Target layers a dflash drafter reads, as decoder layers (libllama counts layer *inputs*: one more)."""
+    count = export("llama_model_target_layer_ids_n")(model)
+    ids = export("llama_model_target_layer_ids")(model)
+    return tuple(int(ids[i]) - 1 for i in range(count))
+
+
+def meta(model: Any, key: str) -> str | None:
+    """A metadata value of a loaded GGUF as text; None if it is absent."""
+    size = lib.llama_model_meta_val_str(model, key.encode(), None, 0)
+    if size < 0:
+        return None
+    buffer = ctypes.create_string_buffer(size + 1)
+    lib.llama_model_meta_val_str(model, key.encode(), buffer, size + 1)
+    return buffer.value.decode("utf-8", errors="replace")
+
+
+def token_text(vocab: Any, token: int) -> bytes:
+    """The vocabulary's own entry of a token (not the rendered piece)."""
+    return bytes(lib.llama_vocab_get_text(vocab, token) or b"")
+
+
+def as_int32(tokens: Any) -> IntArray:
+    return np.asarray(tokens, dtype=np.int32)  # type: ignore[return-value]
+
+
+__all__ = ["Batch", "NativeLog", "check_exports", "export", "layer_ids", "lib", "llama_cpp", "meta", "rows_at", "start"]

@@ -1,0 +1,119 @@
+"""A GGUF target in process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dspark_cli.backends.base import BadInput, PairMismatch, Row, RowOutput, Target, TargetInfo
+from dspark_cli.backends.llamacpp import native
+from dspark_cli.backends.llamacpp.context import DEFAULT_CTX, Context, ContextOptions
+from dspark_cli.backends.llamacpp.model import ChatTemplate, GgufTokenizer, Model
+from dspark_cli.backends.llamacpp.native import lib
+
+
+class LlamaCppTarget(Target):
+    """One GGUF model in one libllama context of `options.n_seq` sequences."""
+
+    def __init__(self, path: str | Path, options: ContextOptions | None = None, *, name: str | None = None) -> None:
+        options = options or ContextOptions()
+        self.model = Model(path, gpu_layers=options.gpu_layers)
+        try:
+            n_ctx = options.ctx or min(self.model.n_ctx_train, DEFAULT_CTX)
+            if n_ctx > self.model.n_ctx_train:
+                raise BadInput(
+                    f"--ctx {n_ctx} is more than the {self.model.n_ctx_train} tokens {self.model.path.name} was trained on"
+                )
+            self.context = Context(self.model, options, n_ctx=n_ctx)
+        except BaseException:
+            self.model.close()
+            raise
+        self.tokenizer = GgufTokenizer(self.model)
+        self.template = ChatTemplate(self.model, self.tokenizer)
+        self._layers: tuple[int, ...] = ()
+        gpu = bool(lib.llama_supports_gpu_offload()) and options.gpu_layers != 0
+        self.info = TargetInfo(
+            name=name or self.model.path.stem,
+            path=str(self.model.path),
+            backend="llamacpp",
+            format=self.model.format,
+            device="gpu" if gpu else "cpu",
+            n_vocab=self.model.n_vocab,
+            n_embd=self.model.n_embd,
+            n_layer=self.model.n_layer,
+            n_ctx=n_ctx,
+            n_seq=options.n_seq,
+            details={
+                "threads": self.context.threads,
+                "kv_type": options.kv_type,
+                "flash_attn": options.flash_attn,
+                "gpu_layers": options.gpu_layers,
+            },
+        )
+
+    @property
+    def native_ms(self) -> float:
+        return self.context.native_ms
+
+    @property
+    def max_rows(self) -> int:
+        return self.context.max_rows
+
+    def render_chat(self, messages: Sequence[dict[str, str]], *, thinking: bool | None = None) -> str:
+        return self.template.render(messages, thinking=thinking)
+
+    def request_features(self, layers: Sequence[int]) -> None:
+        for layer in layers:
+            if not -1 <= layer < self.info.n_layer - 1:
+                raise PairMismatch(
+                    f"the drafter reads the output of layer {layer}; {self.info.name} has usable layers "
+                    f"-1 to {self.info.n_layer - 2}"
+                )
+        switch = native.export("llama_set_embeddings_layer_inp")
+        for layer in set(self._layers) - set(layers):
+            switch(self.context.handle, layer + 1, False)
+        for layer in set(layers) - set(self._layers):
+            switch(self.context.handle, layer + 1, True)
+        self._layers = tuple(layers)
+
+    def step(self, rows: Sequence[Row]) -> list[RowOutput]:
+        batch = self.context.batch
+        batch.logits[:] = 0
+        end = 0
+        for row in rows:
+            begin, end = end, end + len(row.tokens)
+            start = self.context.length(row.seq)
+            batch.token[begin:end] = row.tokens
+            batch.pos[begin:end] = np.arange(start, start + end - begin)
+            batch.seq[begin:end] = row.seq
+            batch.logits[begin if row.n_logits is None else end - row.n_logits : end] = 1
+        self.context.decode(batch, end)
+        return self._outputs(rows, end)
+
+    def _outputs(self, rows: Sequence[Row], n_tokens: int) -> list[RowOutput]:
+        counts = [len(row.tokens) if row.n_logits is None else row.n_logits for row in rows]
+        n_logits = sum(counts)
+        logits = self.context.logits(n_logits) if n_logits else np.empty((0, self.info.n_vocab), dtype=np.float32)
+        layers = [self.context.layer_output(layer, n_tokens) for layer in self._layers]
+        features = np.concatenate(layers, axis=1) if layers else None
+        outputs, token, logit = [], 0, 0
+        for row, count in zip(rows, counts, strict=True):
+            mine = None if features is None else features[token : token + len(row.tokens)]
+            outputs.append(RowOutput(logits[logit : logit + count], mine))
+            token, logit = token + len(row.tokens), logit + count
+        return outputs
+
+    def length(self, seq: int) -> int:
+        return self.context.length(seq)
+
+    def rewind(self, seq: int, length: int) -> None:
+        self.context.rewind(seq, length)
+
+    def fork(self, source: int, destination: int, length: int | None = None) -> None:
+        self.context.fork(source, destination, length)
+
+    def close(self) -> None:
+        self.context.close()
+        self.model.close()
