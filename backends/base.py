@@ -243,7 +243,7 @@ class DraftRequest:
 class Drafter(ABC):
     """Proposes tokens after an anchor. Keeps one state a sequence, of the tokens it has observed.
 
-    Call order per round: `propose`, then after verification `observe` with the anchor and the accepted tokens.
+    Call order per round: `propose`, then after verification `feedback`, and `observe` with the anchor and the accepted tokens.
     What `propose` itself put in a cache is the drafter's own business: it must be gone, or reused, at the next call.
     """
 
@@ -260,6 +260,9 @@ class Drafter(ABC):
     @abstractmethod
     def observe(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
         """`tokens` were committed to the target's cache of `seq`; features float32 [len(tokens), m*d] if asked for."""
+
+    def feedback(self, seq: int, verified: int, accepted: int) -> None:  # noqa: B027  (most drafters do not learn)
+        """Of the last proposal for `seq`, the target checked `verified` tokens and kept `accepted`. Comes before `observe`."""
 
     @abstractmethod
     def rewind(self, seq: int, length: int) -> None:

@@ -18,7 +18,6 @@ from dspark_cli.backends.llamacpp.native import Batch, lib
 KV_TYPES = {
     "f32": lib.GGML_TYPE_F32,
     "f16": lib.GGML_TYPE_F16,
-    "bf16": lib.GGML_TYPE_BF16,
     "q8_0": lib.GGML_TYPE_Q8_0,
     "q5_1": lib.GGML_TYPE_Q5_1,
     "q5_0": lib.GGML_TYPE_Q5_0,

@@ -38,8 +38,9 @@ class Stats:
     own_ms: float = 0.0
     prefill_ms: float = 0.0
     cut: int = 0  # rounds ended by a stop token inside the draft: no bonus token
-    verified_at: list[int] = field(default_factory=list)  # rounds that verified at least i+1 tokens
-    accepted_at: list[int] = field(default_factory=list)  # rounds that accepted at least i+1 tokens
+    verified_at: list[int] = field(default_factory=list)  # rounds that verified position i
+    reached_at: list[int] = field(default_factory=list)  # ... and accepted everything before it
+    accepted_at: list[int] = field(default_factory=list)  # ... and accepted it too
 
     def add(self, item: Round) -> None:
         """Count one round."""
@@ -61,10 +62,15 @@ class Stats:
         self.verify_ms += item.times.verify * share
         self.inject_ms += item.times.inject * share
         self.own_ms += item.times.own * share
-        for counts, number in ((self.verified_at, item.verified), (self.accepted_at, item.accepted)):
-            counts.extend([0] * (number - len(counts)))
-            for position in range(number):
-                counts[position] += 1
+        self._count_positions(item.verified, item.accepted)
+
+    def _count_positions(self, verified: int, accepted: int) -> None:
+        for counts in (self.verified_at, self.reached_at, self.accepted_at):
+            counts.extend([0] * (verified - len(counts)))
+        for position in range(verified):
+            self.verified_at[position] += 1
+            self.reached_at[position] += position <= accepted
+            self.accepted_at[position] += position < accepted
 
     @property
     def decode_s(self) -> float:
@@ -91,17 +97,12 @@ class Stats:
     @property
     def survival(self) -> list[float]:
         """survival@i: of the rounds that verified position i, the share in which it was accepted."""
-        accepted = self.accepted_at + [0] * (len(self.verified_at) - len(self.accepted_at))
-        return [a / v for a, v in zip(accepted, self.verified_at, strict=True)]
+        return [a / v for a, v in zip(self.accepted_at, self.verified_at, strict=True)]
 
     @property
     def conditional(self) -> list[float]:
-        """conditional@i: given that position i was verified and all before it accepted, the share accepted."""
-        out = []
-        for i, survived in enumerate(self.survival):
-            before = self.survival[i - 1] if i else 1.0
-            out.append(min(1.0, survived / before) if before else 0.0)
-        return out
+        """conditional@i: of the rounds that verified position i and accepted all before it, the share that accepted it."""
+        return [a / r if r else 0.0 for a, r in zip(self.accepted_at, self.reached_at, strict=True)]
 
     @property
     def own_ms_per_round(self) -> float:

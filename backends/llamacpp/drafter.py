@@ -1,0 +1,233 @@
+"""DSpark and DFlash drafters run by libllama itself (GGUF architecture `dflash`), beside a libllama target.
+
+The drafter borrows embedding and output head from the target's context. `observe` injects target features as keys and
+values, `propose` runs the block [anchor, mask, ...] and drops it again (DESIGN section 5). The confidence head's answer is
+element 0 of a row of the "nextn" output, already a sigmoid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dspark_cli.backends.base import EMPTY_DRAFT, Draft, Drafter, DraftRequest, FloatArray, IntArray, PairMismatch
+from dspark_cli.backends.llamacpp import native
+from dspark_cli.backends.llamacpp.context import Context, ContextOptions
+from dspark_cli.backends.llamacpp.model import Model, tokens_agree
+from dspark_cli.backends.llamacpp.native import Batch, lib
+from dspark_cli.backends.llamacpp.target import LlamaCppTarget
+
+ARCHITECTURE = "dflash"
+
+
+def check_pair(drafter: Model, target: Model) -> None:
+    """Refuse a drafter made for another target. Raises PairMismatch with what differs."""
+
+    def refuse(reason: str) -> PairMismatch:
+        return PairMismatch(
+            f"{drafter.path.name} is not a drafter for {target.path.name}: {reason}",
+            hint="--drafter lookup, or a drafter trained for this target",
+        )
+
+    if drafter.architecture != ARCHITECTURE:
+        raise refuse(f"its architecture is {drafter.architecture!r}, not {ARCHITECTURE!r}")
+    if drafter.n_embd != target.n_embd:
+        raise refuse(f"hidden size {drafter.n_embd}, the target has {target.n_embd}")
+    layers = native.layer_ids(drafter.handle)
+    beyond = [layer for layer in layers if not -1 <= layer < target.n_layer - 1]
+    if beyond:
+        raise refuse(f"it reads the output of layer {beyond[0]}, the target has usable layers -1 to {target.n_layer - 2}")
+    if drafter.meta("tokenizer.ggml.mask_token_id") is None:
+        raise refuse("it names no mask token (tokenizer.ggml.mask_token_id)")
+    agree, difference = tokens_agree(target, drafter)
+    if not agree:
+        raise refuse(difference)
+
+
+class LlamaCppDrafter(Drafter):
+    """A `dflash` GGUF as a drafter. `kind` is "dspark" when it carries a Markov head, else "dflash"."""
+
+    def __init__(self, path: str | Path, target: LlamaCppTarget, options: ContextOptions | None = None) -> None:
+        options = options or ContextOptions(n_seq=target.info.n_seq)
+        self._target = target
+        self.model = Model(path, gpu_layers=options.gpu_layers)
+        self.context: Any = None
+        try:
+            check_pair(self.model, target.model)
+            self._read_metadata()
+            n_ctx = target.info.n_ctx + self.block_size + 1
+            self.context = Context(self.model, options, n_ctx=n_ctx, other=target.context.handle)
+            native.export("llama_set_embeddings_nextn")(self.context.handle, True, True)
+            lib.llama_set_causal_attn(self.context.handle, self.model.meta("dflash.attention.causal") == "true")
+            self.feature_layers = native.layer_ids(self.model.handle)
+            self._inject = Batch(options.ubatch, width=len(self.feature_layers) * target.info.n_embd)
+        except BaseException:
+            self.close()
+            raise
+        self.name = self.model.path.name
+
+    def _read_metadata(self) -> None:
+        self._heads = HeadWeights(self.model.path)
+        self.kind = "dspark" if self._heads.has_markov else "dflash"
+        self.has_confidence = self._heads.has_confidence
+        # DFlash never predicts at the anchor's slot; a DSpark export may say that it does not either.
+        anchored = self.kind == "dspark" and self.model.meta("dflash.sample_from_anchor") in (None, "true")
+        self._skip = 0 if anchored else 1
+        self.block_size = int(self.model.meta("dflash.block_size") or 16) - self._skip
+        self._mask = int(self.model.meta("tokenizer.ggml.mask_token_id") or 0)
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
+        wanted = [min(request.block, self.block_size) for request in requests]
+        block = max(wanted, default=0)
+        if block < 1:
+            return [EMPTY_DRAFT for _ in requests]
+        self._draft_pass(requests, block + self._skip)
+        width = block + self._skip
+        logits = self.context.logits(width * len(requests))
+        confidence = self._confidence(width * len(requests))
+        drafts = []
+        for i, (request, size) in enumerate(zip(requests, wanted, strict=True)):
+            rows = slice(i * width + self._skip, i * width + self._skip + size)
+            conf = None if confidence is None else confidence[rows].copy()
+            drafts.append(self._read_block(request, logits[rows], conf))
+        return drafts
+
+    def _draft_pass(self, requests: Sequence[DraftRequest], width: int) -> None:
+        """Decode [anchor, mask, ...] of every request in one pass and drop those positions again."""
+        batch = self.context.batch
+        starts = []
+        for i, request in enumerate(requests):
+            rows = slice(i * width, (i + 1) * width)
+            start = self.context.length(request.seq)
+            starts.append(start)
+            batch.token[rows] = self._mask
+            batch.token[rows.start] = request.anchor
+            batch.pos[rows] = np.arange(start, start + width)
+            batch.seq[rows] = request.seq
+            batch.logits[rows] = 1
+        self.context.decode(batch, width * len(requests))
+        for request, start in zip(requests, starts, strict=True):
+            self.context.rewind(request.seq, start)
+
+    def _confidence(self, n_rows: int) -> FloatArray | None:
+        if not self.has_confidence:
+            return None
+        pointer = native.export("llama_get_embeddings_nextn")(self.context.handle)
+        return native.rows_at(pointer, n_rows, self.model.n_embd)[:, 0]
+
+    def _read_block(self, request: DraftRequest, logits: FloatArray, confidence: FloatArray | None) -> Draft:
+        """One sequence's draft from its rows of corrected logits [k, V]."""
+        greedy = logits.argmax(axis=1)
+        if request.choose is None:
+            return Draft(greedy, self._or_own_probability(confidence, logits), source=self.kind)
+        return self._sampled(request, logits, greedy, confidence)
+
+    def _or_own_probability(self, confidence: FloatArray | None, logits: FloatArray) -> FloatArray:
+        """Without a confidence head, the probability the drafter gives its own best token (chosen before any sampling)."""
+        if confidence is not None:
+            return confidence
+        best = logits.max(axis=1, keepdims=True)
+        return (1.0 / np.exp(logits - best).sum(axis=1)).astype(np.float32)
+
+    def _sampled(
+        self, request: DraftRequest, logits: FloatArray, greedy: IntArray, confidence: FloatArray | None
+    ) -> Draft:
+        """Draft by sampling: libllama corrected row k along the *greedy* chain, so move it to the sampled chain."""
+        choose: Callable[[FloatArray, list[int]], tuple[int, FloatArray]] = request.choose
+        tokens: list[int] = []
+        probs, survive = [], []
+        for k in range(len(logits)):
+            row, conf = logits[k], None if confidence is None else float(confidence[k])
+            if k and self._heads.has_markov and tokens[-1] != greedy[k - 1]:
+                row = row + self._heads.bias_change(tokens[-1], int(greedy[k - 1]), len(row))
+                conf = None if conf is None else self._heads.move_confidence(conf, tokens[-1], int(greedy[k - 1]))
+            survive.append(float(self._or_own_probability(None, row[None])[0]) if conf is None else conf)
+            token, prob = choose(row, tokens)
+            tokens.append(token)
+            probs.append(prob)
+        return Draft(
+            np.asarray(tokens, dtype=np.int64), np.asarray(survive, dtype=np.float32), np.stack(probs), self.kind
+        )
+
+    def observe(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
+        if features is None:
+            raise PairMismatch(f"{self.name} was given no target features")
+        position = self.context.length(seq)
+        for begin in range(0, len(tokens), self._inject.capacity):
+            chunk = features[begin : begin + self._inject.capacity]
+            rows = slice(0, len(chunk))
+            self._inject.embd[rows] = chunk
+            self._inject.pos[rows] = np.arange(position, position + len(chunk))
+            self._inject.seq[rows] = seq
+            self.context.decode(self._inject, len(chunk))
+            position += len(chunk)
+
+    def rewind(self, seq: int, length: int) -> None:
+        self.context.rewind(seq, length)
+
+    def fork(self, source: int, destination: int, length: int | None = None) -> None:
+        self.context.fork(source, destination, length)
+
+    def close(self) -> None:
+        if self.context is not None:
+            self.context.close()
+        self.model.close()
+
+
+class HeadWeights:
+    """The Markov and confidence weights of a drafter GGUF as arrays: needed only to draft by sampling, so read late."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        names = set(self._tensors)
+        self.has_markov = "markov_w1.weight" in names
+        self.has_confidence = self.has_markov and "conf_proj.weight" in names
+
+    @cached_property
+    def _tensors(self) -> dict[str, Any]:
+        import gguf
+
+        return {tensor.name: tensor for tensor in gguf.GGUFReader(self._path).tensors}
+
+    def _array(self, name: str) -> FloatArray:
+        import gguf
+
+        tensor = self._tensors[name]
+        return np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+
+    @cached_property
+    def _w1(self) -> FloatArray:
+        return self._array("markov_w1.weight")
+
+    @cached_property
+    def _w2(self) -> FloatArray:
+        return self._array("markov_w2.weight")
+
+    @cached_property
+    def _confidence_of_embedding(self) -> FloatArray:
+        """The part of the confidence head that reads W1[prev]: the last `rank` weights."""
+        return self._array("conf_proj.weight").reshape(-1)[-self._w1.shape[1] :]
+
+    @cached_property
+    def _d2t(self) -> IntArray | None:
+        return np.asarray(self._tensors["d2t"].data).reshape(-1) if "d2t" in self._tensors else None
+
+    def bias_change(self, token: int, instead_of: int, n_vocab: int) -> FloatArray:
+        """float32 [V]: W2 (W1[token] - W1[instead_of]); 0 outside a reduced draft vocabulary (those logits are -inf)."""
+        change = self._w2 @ (self._w1[token] - self._w1[instead_of])
+        if self._d2t is None:
+            return change
+        full = np.zeros(n_vocab, dtype=np.float32)
+        full[self._d2t] = change
+        return full
+
+    def move_confidence(self, confidence: float, token: int, instead_of: int) -> float:
+        """The confidence had the previous draft token been `token`."""
+        clipped = min(max(confidence, 1e-7), 1 - 1e-7)
+        logit = np.log(clipped / (1 - clipped))
+        logit += float(self._confidence_of_embedding @ (self._w1[token] - self._w1[instead_of]))
+        return float(1 / (1 + np.exp(-logit)))

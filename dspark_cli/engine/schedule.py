@@ -1,0 +1,115 @@
+"""How much to draft and how much of it to verify.
+
+A schedule decides on position k from confidences up to k and from history, never from tokens k and later: that keeps
+sampled drafts lossless (DESIGN section 2, the paper's appendix A).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dspark_cli.backends.base import BadInput, Draft
+
+ALLOWED = "off, fixed:N (N = tokens verified per round), threshold:P (P = lowest confidence, 0 to 1)"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one round of one sequence, for schedules that learn. `times_ms` of the whole (shared) pass."""
+
+    draft: Draft
+    verified: int
+    accepted: int
+    shared: int
+    draft_ms: float
+    verify_ms: float
+
+
+class Schedule(ABC):
+    """A policy over R >= 1 sequences that share one verify pass."""
+
+    name: str
+
+    @abstractmethod
+    def block(self, limits: Sequence[int]) -> list[int]:
+        """Tokens to draft per sequence, at most `limits` (what context, budget and drafter allow). 0 skips the drafter."""
+
+    @abstractmethod
+    def choose(self, drafts: Sequence[Draft]) -> list[int]:
+        """Tokens to verify of each draft."""
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:  # noqa: B027  (fixed policies do not learn)
+        """What the round brought, after it ended."""
+
+    @property
+    def parked(self) -> str | None:
+        """Why speculation is switched off for now; None while it is on."""
+        return None
+
+
+class Off(Schedule):
+    """Plain decoding."""
+
+    name = "off"
+
+    def block(self, limits: Sequence[int]) -> list[int]:
+        return [0 for _ in limits]
+
+    def choose(self, drafts: Sequence[Draft]) -> list[int]:
+        return [0 for _ in drafts]
+
+
+@dataclass(frozen=True)
+class Fixed(Schedule):
+    """Draft and verify `length` tokens every round."""
+
+    length: int
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"fixed:{self.length}"
+
+    def block(self, limits: Sequence[int]) -> list[int]:
+        return [min(limit, self.length) for limit in limits]
+
+    def choose(self, drafts: Sequence[Draft]) -> list[int]:
+        return [len(draft) for draft in drafts]
+
+
+@dataclass(frozen=True)
+class Threshold(Schedule):
+    """Verify up to the first token whose own confidence is below `lowest` (llama.cpp's `p_min`; no products, no costs)."""
+
+    lowest: float
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"threshold:{self.lowest:g}"
+
+    def block(self, limits: Sequence[int]) -> list[int]:
+        return list(limits)
+
+    def choose(self, drafts: Sequence[Draft]) -> list[int]:
+        return [self._length(draft) for draft in drafts]
+
+    def _length(self, draft: Draft) -> int:
+        if draft.confidence is None:
+            return len(draft)
+        return next((i for i, c in enumerate(draft.confidence) if c < self.lowest), len(draft))
+
+
+def parse_policy(text: str) -> Schedule:
+    """A schedule from `off`, `fixed:N` or `threshold:P`. Raises BadInput that says what is allowed."""
+    name, _, value = text.partition(":")
+    try:
+        if name == "off" and not value:
+            return Off()
+        if name == "fixed" and int(value) >= 1:
+            return Fixed(int(value))
+        if name == "threshold" and 0.0 <= float(value) <= 1.0:
+            return Threshold(float(value))
+    except ValueError:
+        pass
+    raise BadInput(f"unknown policy {text!r}: one of {ALLOWED}")
