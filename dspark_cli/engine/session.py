@@ -1,0 +1,212 @@
+"""A loaded pair, ready to answer: what the commands open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from dspark_cli.backends.base import BadInput, Drafter, PairMismatch, Target
+from dspark_cli.backends.llamacpp.context import ContextOptions
+from dspark_cli.backends.llamacpp.drafter import ARCHITECTURE, LlamaCppDrafter
+from dspark_cli.backends.llamacpp.model import Model, tokens_agree
+from dspark_cli.backends.llamacpp.target import LlamaCppTarget
+from dspark_cli.backends.lookup import LookupDrafter
+from dspark_cli.backends.standalone import StandaloneDrafter
+from dspark_cli.engine.decode import Engine
+from dspark_cli.engine.rounds import Request, Round, SamplingOptions
+from dspark_cli.engine.schedule import Off, Schedule, parse_policy
+from dspark_cli.engine.stats import ids_sha256
+
+#: a drafter that is not one of these words is a path
+DRAFTER_WORDS = ("auto", "dspark", "dflash", "eagle3", "small", "lookup", "none")
+DEFAULT_POLICY = "threshold:0.5"
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """What to load and how.
+
+    drafter:      auto | dspark | dflash | eagle3 | small | lookup | none | PATH of a GGUF
+    drafter_path: the model drafter that belongs to the target, where one is known
+    policy:       see `schedule.parse_policy`; None takes the default
+    ctx:          positions per sequence; None = what the model was trained on, at most 4096
+    """
+
+    model: Path
+    name: str
+    drafter: str = "auto"
+    drafter_path: Path | None = None
+    policy: str | None = None
+    ctx: int | None = None
+    n_seq: int = 1
+    threads: int | None = None
+    gpu_layers: int | None = None
+    kv_type: str = "f16"
+    flash_attn: str = "auto"
+
+    def context(self) -> ContextOptions:
+        return ContextOptions(
+            ctx=self.ctx,
+            n_seq=self.n_seq,
+            threads=self.threads,
+            gpu_layers=-1 if self.gpu_layers is None else self.gpu_layers,
+            kv_type=self.kv_type,
+            flash_attn=self.flash_attn,
+        )
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Speculative against plain decoding of one request.
+
+    first_difference: index of the first token that differs; None when identical
+    margin:           first minus second logit of the plain pass at that index: a near-tie if it is small
+    """
+
+    identical: bool
+    tokens: int
+    first_difference: int | None
+    margin: float | None
+    ids_sha256: str
+    plain_sha256: str
+
+
+class Session:
+    """Target, drafter and schedule with one engine. A context manager: leaving it frees everything native."""
+
+    def __init__(self, target: Target, drafter: Drafter | None, schedule: Schedule) -> None:
+        self.target = target
+        self.drafter = drafter
+        self.schedule = schedule
+        self._engine = Engine(target, drafter, schedule)
+
+    @property
+    def policy(self) -> str:
+        return self.schedule.name
+
+    @classmethod
+    def open(cls, options: OpenOptions) -> Self:
+        """Load the pair. Raises DsparkError for files that cannot be loaded, PairMismatch for a wrong drafter."""
+        schedule = parse_policy(options.policy or DEFAULT_POLICY)
+        if options.drafter == "none":
+            if options.policy not in (None, "off"):
+                raise BadInput(f"--policy {options.policy} needs a drafter, and --drafter none asks for no drafter")
+            schedule = Off()
+        with ExitStack() as stack:
+            target = stack.enter_context(LlamaCppTarget(options.model, options.context(), name=options.name))
+            drafter = None if isinstance(schedule, Off) else open_drafter(options, target)
+            if drafter is not None:
+                stack.enter_context(drafter)
+                # Check now what the drafter wants to read, not at the first answer.
+                target.request_features(drafter.feature_layers)
+            session = cls(target, drafter, schedule)
+            stack.pop_all()
+            return session
+
+    def chat_request(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        max_tokens: int | None,
+        sampling: SamplingOptions,
+        stop: tuple[str, ...] = (),
+        thinking: bool | None = None,
+    ) -> Request:
+        """A request that answers the last of `messages` (`role`, `content`) through the model's chat template."""
+        text = self.target.render_chat(messages, thinking=thinking)
+        return self._request(self.target.tokenizer.encode(text, special=True, bos=True), max_tokens, sampling, stop)
+
+    def text_request(
+        self, text: str, *, max_tokens: int | None, sampling: SamplingOptions, stop: tuple[str, ...] = ()
+    ) -> Request:
+        """A request that continues `text` as it is, without a template."""
+        return self._request(self.target.tokenizer.encode(text, bos=True), max_tokens, sampling, stop)
+
+    def _request(
+        self, ids: list[int], max_tokens: int | None, sampling: SamplingOptions, stop: tuple[str, ...]
+    ) -> Request:
+        return Request(ids, max_tokens, sampling, self.target.tokenizer.eog_ids, stop)
+
+    def run(self, request: Request, *, plain: bool = False, margins: bool = False) -> Iterator[Round]:
+        """Decode one request; `plain` without drafting. What the cache already has of the prompt is not computed again."""
+        return self.run_all([request], plain=plain, margins=margins)
+
+    def run_all(self, requests: Iterable[Request], *, plain: bool = False, margins: bool = False) -> Iterator[Round]:
+        """Decode many requests, as many at once as the session has sequences."""
+        engine = self._engine
+        engine.schedule = Off() if plain else self.schedule
+        engine.margins = margins
+        return engine.run(requests)
+
+    def check(self, request: Request) -> CheckReport:
+        """Decode `request` twice, with and without drafting, and compare token by token."""
+        speculative = [token for item in self.run(request) for token in item.tokens]
+        plain_rounds = list(self.run(request, plain=True, margins=True))
+        plain = [token for item in plain_rounds for token in item.tokens]
+        margins = [margin for item in plain_rounds for margin in item.margins or ()]
+        first = first_difference(speculative, plain)
+        return CheckReport(
+            identical=first is None,
+            tokens=len(plain),
+            first_difference=first,
+            margin=margins[first] if first is not None and first < len(margins) else None,
+            ids_sha256=ids_sha256(speculative),
+            plain_sha256=ids_sha256(plain),
+        )
+
+    def close(self) -> None:
+        if self.drafter is not None:
+            self.drafter.close()  # it borrows from the target: it goes first
+        self.target.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def first_difference(first: list[int], second: list[int]) -> int | None:
+    """Index of the first token that differs; None for equal lists."""
+    if first == second:
+        return None
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+
+
+def open_drafter(options: OpenOptions, target: LlamaCppTarget) -> Drafter | None:
+    """The drafter that `options.drafter` asks for. `auto`: the target's own model drafter if there is one, else lookup."""
+    word = options.drafter
+    if word == "lookup" or (word == "auto" and options.drafter_path is None):
+        return LookupDrafter()
+    if word in DRAFTER_WORDS and options.drafter_path is None:
+        raise BadInput(
+            f"no {word} drafter is known for {options.name}", hint="--drafter lookup, or --drafter PATH.gguf"
+        )
+    path = options.drafter_path if word in DRAFTER_WORDS else Path(word)
+    assert path is not None
+    drafter = _open_model_drafter(path, options, target)
+    if word in ("dspark", "dflash", "small") and drafter.kind != word:
+        drafter.close()
+        raise BadInput(f"{path.name} is a {drafter.kind} drafter, not {word}", hint=f"--drafter {drafter.kind}")
+    return drafter
+
+
+def _open_model_drafter(path: Path, options: OpenOptions, target: LlamaCppTarget) -> Drafter:
+    probe = Model(path, vocab_only=True)
+    try:
+        if probe.architecture == ARCHITECTURE:
+            return LlamaCppDrafter(path, target, options.context())
+        agree, difference = tokens_agree(target.model, probe)
+    finally:
+        probe.close()
+    if not agree:
+        raise PairMismatch(
+            f"{path.name} cannot draft for {options.name}: {difference}",
+            hint="--drafter lookup, or a small model of the same family",
+        )
+    # One position more than the target: the drafter continues past the anchor.
+    small = LlamaCppTarget(path, options.context())
+    return StandaloneDrafter(small, n_vocab=target.info.n_vocab)
