@@ -135,11 +135,10 @@ class Target(ABC):
 
     info: TargetInfo
     tokenizer: Tokenizer
-
-    @property
-    @abstractmethod
-    def native_ms(self) -> float:
-        """Milliseconds spent inside native passes so far: what is not in here is overhead of ours."""
+    #: tokens one `step` may hold over all its rows
+    max_rows: int
+    #: milliseconds spent inside native passes so far: what is not in here is overhead of ours
+    native_ms: float = 0.0
 
     @abstractmethod
     def render_chat(self, messages: Sequence[dict[str, str]], *, thinking: bool | None = None) -> str:
@@ -147,11 +146,6 @@ class Target(ABC):
 
         Raises DsparkError when the model has no chat template or the template refuses the messages.
         """
-
-    @property
-    @abstractmethod
-    def max_rows(self) -> int:
-        """Tokens one `step` may hold over all its rows."""
 
     @abstractmethod
     def request_features(self, layers: Sequence[int]) -> None:

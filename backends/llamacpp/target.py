@@ -33,6 +33,7 @@ class LlamaCppTarget(Target):
         self.tokenizer = GgufTokenizer(self.model)
         self.template = ChatTemplate(self.model, self.tokenizer)
         self._layers: tuple[int, ...] = ()
+        self.max_rows = self.context.max_rows
         gpu = bool(lib.llama_supports_gpu_offload()) and options.gpu_layers != 0
         self.info = TargetInfo(
             name=name or self.model.path.stem,
@@ -52,14 +53,6 @@ class LlamaCppTarget(Target):
                 "gpu_layers": options.gpu_layers,
             },
         )
-
-    @property
-    def native_ms(self) -> float:
-        return self.context.native_ms
-
-    @property
-    def max_rows(self) -> int:
-        return self.context.max_rows
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, thinking: bool | None = None) -> str:
         return self.template.render(messages, thinking=thinking)
@@ -90,6 +83,7 @@ class LlamaCppTarget(Target):
             batch.seq[begin:end] = row.seq
             batch.logits[begin if row.n_logits is None else end - row.n_logits : end] = 1
         self.context.decode(batch, end)
+        self.native_ms = self.context.native_ms
         return self._outputs(rows, end)
 
     def _outputs(self, rows: Sequence[Row], n_tokens: int) -> list[RowOutput]:

@@ -1,0 +1,146 @@
+"""The product: speculation changes speed, never the output's law.
+
+A random target over a small vocabulary has a law that can be written down: the probability of every answer of length 3.
+Each drafter and accept rule must reproduce it. Deliberately wrong rules must fail the same test.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from fakes import TableDrafter, TableTarget
+
+from dspark_cli.backends.base import Drafter
+from dspark_cli.backends.lookup import LookupDrafter
+from dspark_cli.backends.standalone import StandaloneDrafter
+from dspark_cli.engine import sampling
+from dspark_cli.engine.decode import Engine
+from dspark_cli.engine.rounds import Request, SamplingOptions
+from dspark_cli.engine.schedule import Fixed, Off, Schedule, Threshold
+
+N_VOCAB, LENGTH, DRAWS = 4, 4, 8_000
+PROMPT = [0, 1, 2, 0, 1]
+DRAFTERS: dict[str, Callable[[TableTarget], Drafter]] = {
+    "table": lambda target: TableDrafter(target),
+    "small": lambda target: StandaloneDrafter(TableTarget(N_VOCAB, seed=7), n_vocab=N_VOCAB, block_size=3),
+    "lookup": lambda target: LookupDrafter(block_size=3),
+}
+SETTINGS = {
+    "plain-law": SamplingOptions(temperature=1.0),
+    "cool-top-k": SamplingOptions(temperature=0.7, top_k=3),
+    "top-p": SamplingOptions(temperature=1.0, top_p=0.8),
+    "min-p-penalty": SamplingOptions(temperature=1.2, min_p=0.1, repeat_penalty=1.3),
+}
+
+
+def exact_law(target: TableTarget, options: SamplingOptions) -> dict[tuple[int, ...], float]:
+    """P(answer) of every answer of LENGTH tokens, by enumeration."""
+    law = {}
+    for answer in itertools.product(range(N_VOCAB), repeat=LENGTH):
+        text, probability = list(PROMPT), 1.0
+        for token in answer:
+            probability *= float(sampling.probabilities(target.row(text), options, text)[token])
+            text.append(token)
+        law[answer] = probability
+    return law
+
+
+def drawn(
+    options: SamplingOptions, make: Callable[[TableTarget], Drafter] | None, schedule: Schedule, draws: int = DRAWS
+) -> Counter[tuple[int, ...]]:
+    """Answers of `draws` requests that differ in their seed only."""
+    target = TableTarget(N_VOCAB)
+    engine = Engine(target, make(target) if make else None, schedule)
+    requests = [
+        Request(PROMPT, LENGTH, SamplingOptions(**{**vars(options), "seed": 1000 + i}), id=i) for i in range(draws)
+    ]
+    answers: dict[int, list[int]] = {}
+    for item in engine.run(requests):
+        answers.setdefault(item.request, []).extend(item.tokens)
+    assert len(answers) == draws
+    return Counter(tuple(a) for a in answers.values())
+
+
+def excess(counts: Counter[tuple[int, ...]], law: dict[tuple[int, ...], float]) -> float:
+    """Chi-square statistic in standard deviations above its mean; cells under 5 expected draws are pooled."""
+    total = sum(counts.values())
+    assert all(law[a] > 0 for a in counts), "an answer the target cannot give"
+    statistic, cells, pooled_expected, pooled_seen = 0.0, 0, 0.0, 0
+    for answer, probability in law.items():
+        expected, seen = probability * total, counts.get(answer, 0)
+        if expected < 5:
+            pooled_expected, pooled_seen = pooled_expected + expected, pooled_seen + seen
+        else:
+            statistic, cells = statistic + (seen - expected) ** 2 / expected, cells + 1
+    if pooled_expected >= 1:
+        statistic, cells = statistic + (pooled_seen - pooled_expected) ** 2 / pooled_expected, cells + 1
+    freedom = cells - 1
+    return (statistic - freedom) / (2 * freedom) ** 0.5
+
+
+LIMIT = 4.5  # standard deviations of chi-square; the wrong rules below exceed it several times over
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("accept", ["exact", "residual"])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_sampled_output_has_the_targets_law(drafter: str, accept: str, setting: str) -> None:
+    options = SamplingOptions(**{**vars(SETTINGS[setting]), "accept": accept})
+    counts = drawn(options, DRAFTERS[drafter], Fixed(3))
+    assert excess(counts, exact_law(TableTarget(N_VOCAB), options)) < LIMIT
+
+
+@pytest.mark.parametrize("accept", ["exact", "residual"])
+def test_threshold_keeps_the_law(accept: str) -> None:
+    options = SamplingOptions(temperature=1.0, accept=accept)  # type: ignore[arg-type]
+    counts = drawn(options, DRAFTERS["table"], Threshold(0.45))
+    assert excess(counts, exact_law(TableTarget(N_VOCAB), options)) < LIMIT
+
+
+def test_exact_accept_gives_the_text_of_plain_decoding_with_the_same_seed() -> None:
+    options = SamplingOptions(temperature=1.0)
+    plain = drawn(options, None, Off(), draws=300)
+    for make in DRAFTERS.values():
+        assert drawn(options, make, Fixed(3), draws=300) == plain
+
+
+class TestWrongRulesFail:
+    """The same test, with rules that are wrong on purpose: it must notice each of them."""
+
+    OPTIONS = SamplingOptions(temperature=1.0, accept="residual")
+
+    def statistic(self, schedule: Schedule | None = None, peek: bool = False) -> float:
+        counts = drawn(self.OPTIONS, lambda t: TableDrafter(t, peek=peek), schedule or Fixed(3))
+        return excess(counts, exact_law(TableTarget(N_VOCAB), self.OPTIONS))
+
+    def test_no_residual_correction(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sampling, "residual", lambda target_probs, draft_probs: target_probs)
+        assert self.statistic() > 2 * LIMIT
+
+    def test_accepting_without_the_draft_probability(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sampling, "accept_probability", lambda target_probs, draft_probs, x: float(target_probs[x]))
+        assert self.statistic() > 2 * LIMIT
+
+    def test_judging_by_the_row_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = sampling.Sampler.verify
+        monkeypatch.setattr(
+            sampling.Sampler, "verify", lambda self, logits, draft: original(self, np.roll(logits, 1, axis=0), draft)
+        )
+        assert self.statistic() > 2 * LIMIT
+
+    def test_a_confidence_that_looks_at_the_drawn_token(self) -> None:
+        """The paper's appendix A: a length decided by x_k itself biases the output."""
+        assert self.statistic(Threshold(0.3), peek=True) > 2 * LIMIT
+
+
+def test_draw_follows_its_probabilities() -> None:
+    probs = np.array([0.0, 0.5, 0.0, 0.25, 0.25, 0.0], dtype=np.float32)
+    uniforms = (np.arange(1000) + 0.5) / 1000
+    counts = np.bincount([sampling.draw(probs, u) for u in uniforms], minlength=6)
+    assert counts.tolist() == [0, 500, 0, 250, 250, 0]
+    assert sampling.draw(probs, 0.0) == 1
+    assert sampling.draw(probs, np.nextafter(1.0, 0.0)) == 4
