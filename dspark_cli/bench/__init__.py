@@ -1,0 +1,1 @@
+"""Measurements: interleaved arms in one process, always with plain decoding among them."""
