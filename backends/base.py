@@ -76,10 +76,12 @@ class RowOutput:
 
     logits:   float32 [n_logits, V]
     features: float32 [len(tokens), m*d]  hidden states after the layers asked for, concatenated; None if none were asked
+    hidden:   float32 [n_logits, d]  final normed hidden states, what the output head reads; None unless asked for
     """
 
     logits: FloatArray
     features: FloatArray | None
+    hidden: FloatArray | None = None
 
 
 @dataclass(frozen=True)

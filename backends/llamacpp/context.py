@@ -128,6 +128,10 @@ class Context:
         """float32 [n_rows, V] of the last pass, in batch order; a view until the next pass."""
         return native.rows_at(lib.llama_get_logits(self.handle), n_rows, self.model.n_vocab)
 
+    def hidden(self, n_rows: int) -> Any:
+        """float32 [n_rows, d]: final normed hidden states of the last pass, in batch order; a view until the next pass."""
+        return native.rows_at(lib.llama_get_embeddings(self.handle), n_rows, self.model.n_embd)
+
     def layer_output(self, layer: int, n_tokens: int) -> Any:
         """float32 [n_tokens, d]: hidden states after decoder layer `layer` (libllama: the input of the next one)."""
         pointer = native.export("llama_get_embeddings_layer_inp")(self.handle, ctypes.c_uint32(layer + 1))

@@ -33,6 +33,7 @@ class LlamaCppTarget(Target):
         self.tokenizer = GgufTokenizer(self.model)
         self.template = ChatTemplate(self.model, self.tokenizer)
         self._layers: tuple[int, ...] = ()
+        self._hidden = False
         self.max_rows = self.context.max_rows
         gpu = bool(lib.llama_supports_gpu_offload()) and options.gpu_layers != 0
         self.info = TargetInfo(
@@ -71,6 +72,11 @@ class LlamaCppTarget(Target):
             switch(self.context.handle, layer + 1, True)
         self._layers = tuple(layers)
 
+    def request_hidden(self, wanted: bool) -> None:
+        """Whether `step` also returns the final hidden states (training needs them, decoding does not)."""
+        lib.llama_set_embeddings(self.context.handle, wanted)
+        self._hidden = wanted
+
     def step(self, rows: Sequence[Row]) -> list[RowOutput]:
         batch = self.context.batch
         batch.logits[:] = 0
@@ -92,10 +98,12 @@ class LlamaCppTarget(Target):
         logits = self.context.logits(n_logits) if n_logits else np.empty((0, self.info.n_vocab), dtype=np.float32)
         layers = [self.context.layer_output(layer, n_tokens) for layer in self._layers]
         features = np.concatenate(layers, axis=1) if layers else None
+        hidden = self.context.hidden(n_logits) if self._hidden and n_logits else None
         outputs, token, logit = [], 0, 0
         for row, count in zip(rows, counts, strict=True):
             mine = None if features is None else features[token : token + len(row.tokens)]
-            outputs.append(RowOutput(logits[logit : logit + count], mine))
+            states = None if hidden is None else hidden[logit : logit + count]
+            outputs.append(RowOutput(logits[logit : logit + count], mine, states))
             token, logit = token + len(row.tokens), logit + count
         return outputs
 
