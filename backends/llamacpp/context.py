@@ -39,7 +39,7 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class ContextOptions:
-    """How contexts are made. `ctx`: positions per sequence (None = the smaller of 4096 and what the model was trained on)."""
+    """How contexts are made. `ctx`: positions per sequence (None = what the model was trained on, at most 4096)."""
 
     ctx: int | None = None
     n_seq: int = 1
@@ -91,7 +91,9 @@ class Context:
         if not self.handle:
             raise out_of_memory(f"a context of {params.n_ctx} tokens for {model.path.name}", log)
         self.memory = lib.llama_get_memory(self.handle)
-        self.max_rows = int(params.n_batch)
+        # As libllama made them: a small context caps both, and more tokens than that abort the process.
+        self.max_rows = int(lib.llama_n_batch(self.handle))
+        self.max_ubatch = int(lib.llama_n_ubatch(self.handle))
         self.batch = Batch(self.max_rows)
 
     def length(self, seq: int) -> int:
@@ -129,7 +131,7 @@ class Context:
         return native.rows_at(lib.llama_get_logits(self.handle), n_rows, self.model.n_vocab)
 
     def hidden(self, n_rows: int) -> Any:
-        """float32 [n_rows, d]: final normed hidden states of the last pass, in batch order; a view until the next pass."""
+        """float32 [n_rows, d]: final normed hidden states of the last pass, in batch order; a view until the next."""
         return native.rows_at(lib.llama_get_embeddings(self.handle), n_rows, self.model.n_embd)
 
     def layer_output(self, layer: int, n_tokens: int) -> Any:

@@ -1,8 +1,8 @@
 """DSpark and DFlash drafters run by libllama itself (GGUF architecture `dflash`), beside a libllama target.
 
 The drafter borrows embedding and output head from the target's context. `observe` injects target features as keys and
-values, `propose` runs the block [anchor, mask, ...] and drops it again (DESIGN section 5). The confidence head's answer is
-element 0 of a row of the "nextn" output, already a sigmoid.
+values, `propose` runs the block [anchor, mask, ...] and drops it again (DESIGN section 5). The confidence head's answer
+is element 0 of a row of the "nextn" output, already a sigmoid.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from dspark_cli.backends.base import EMPTY_DRAFT, Draft, Drafter, DraftRequest, FloatArray, IntArray, PairMismatch
 from dspark_cli.backends.llamacpp import native
 from dspark_cli.backends.llamacpp.context import Context, ContextOptions
+from dspark_cli.backends.llamacpp.header import read_tensor, tensor_infos
 from dspark_cli.backends.llamacpp.model import Model, tokens_agree
 from dspark_cli.backends.llamacpp.native import Batch, lib
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
@@ -40,12 +41,32 @@ def check_pair(drafter: Model, target: Model) -> None:
     layers = native.layer_ids(drafter.handle)
     beyond = [layer for layer in layers if not -1 <= layer < target.n_layer - 1]
     if beyond:
-        raise refuse(f"it reads the output of layer {beyond[0]}, the target has usable layers -1 to {target.n_layer - 2}")
+        raise refuse(
+            f"it reads the output of layer {beyond[0]}, the target has usable layers -1 to {target.n_layer - 2}"
+        )
     if drafter.meta("tokenizer.ggml.mask_token_id") is None:
         raise refuse("it names no mask token (tokenizer.ggml.mask_token_id)")
     agree, difference = tokens_agree(target, drafter)
     if not agree:
         raise refuse(difference)
+
+
+def check_head(heads: HeadWeights, drafter: Model, target: Model) -> None:
+    """Refuse a file whose output head cannot run: libllama would abort the process, or misread the rows."""
+    if heads.has_d2t and not heads.has_output:
+        raise PairMismatch(f"{drafter.path.name} has a reduced vocabulary (d2t) but no output head of its own")
+    if not heads.has_output and drafter.n_vocab != target.n_vocab:
+        raise PairMismatch(
+            f"{drafter.path.name} borrows the output head of {target.path.name}, which has {target.n_vocab} tokens; "
+            f"the drafter's vocabulary has {drafter.n_vocab}"
+        )
+
+
+def to_width(logits: FloatArray, n_vocab: int) -> FloatArray:
+    """Logits [n, any] cut or filled with -inf to [n, n_vocab]: vocabularies of one family may be padded differently."""
+    if logits.shape[1] >= n_vocab:
+        return logits[:, :n_vocab]
+    return np.pad(logits, ((0, 0), (0, n_vocab - logits.shape[1])), constant_values=-np.inf)
 
 
 class LlamaCppDrafter(Drafter):
@@ -59,12 +80,13 @@ class LlamaCppDrafter(Drafter):
         try:
             check_pair(self.model, target.model)
             self._read_metadata()
+            check_head(self._heads, self.model, target.model)
             n_ctx = target.info.n_ctx + self.block_size + 1
             self.context = Context(self.model, options, n_ctx=n_ctx, other=target.context.handle)
             native.export("llama_set_embeddings_nextn")(self.context.handle, True, True)
             lib.llama_set_causal_attn(self.context.handle, self.model.meta("dflash.attention.causal") == "true")
             self.feature_layers = native.layer_ids(self.model.handle)
-            self._inject = Batch(options.ubatch, width=len(self.feature_layers) * target.info.n_embd)
+            self._inject = Batch(self.context.max_ubatch, width=len(self.feature_layers) * target.info.n_embd)
         except BaseException:
             self.close()
             raise
@@ -74,8 +96,8 @@ class LlamaCppDrafter(Drafter):
         self._heads = HeadWeights(self.model.path)
         self.kind = "dspark" if self._heads.has_markov else "dflash"
         self.has_confidence = self._heads.has_confidence
-        # DFlash never predicts at the anchor's slot; a DSpark export may say that it does not either.
-        anchored = self.kind == "dspark" and self.model.meta("dflash.sample_from_anchor") in (None, "true")
+        # Unless the file says otherwise, DSpark predicts at the anchor's slot and DFlash (z-lab) does not.
+        anchored = (self.model.meta("dflash.sample_from_anchor") or str(self._heads.has_markov).lower()) == "true"
         self._skip = 0 if anchored else 1
         self.block_size = int(self.model.meta("dflash.block_size") or 16) - self._skip
         self._mask = int(self.model.meta("tokenizer.ggml.mask_token_id") or 0)
@@ -85,9 +107,18 @@ class LlamaCppDrafter(Drafter):
         block = max(wanted, default=0)
         if block < 1:
             return [EMPTY_DRAFT for _ in requests]
-        self._draft_pass(requests, block + self._skip)
         width = block + self._skip
-        logits = self.context.logits(width * len(requests))
+        share = self.context.max_ubatch // width  # a block may not be split between ubatches
+        drafts: list[Draft] = []
+        for begin in range(0, len(requests), share):
+            group = slice(begin, begin + share)
+            drafts += self._propose_together(requests[group], wanted[group], width)
+        return drafts
+
+    def _propose_together(self, requests: Sequence[DraftRequest], wanted: Sequence[int], width: int) -> list[Draft]:
+        """One pass of `width` rows for each request."""
+        self._draft_pass(requests, width)
+        logits = to_width(self.context.logits(width * len(requests)), self._target.info.n_vocab)
         confidence = self._confidence(width * len(requests))
         drafts = []
         for i, (request, size) in enumerate(zip(requests, wanted, strict=True)):
@@ -127,7 +158,7 @@ class LlamaCppDrafter(Drafter):
         return self._sampled(request, logits, greedy, confidence)
 
     def _or_own_probability(self, confidence: FloatArray | None, logits: FloatArray) -> FloatArray:
-        """Without a confidence head, the probability the drafter gives its own best token (chosen before any sampling)."""
+        """Without a confidence head, the probability of the drafter's own best token (known before any sampling)."""
         if confidence is not None:
             return confidence
         best = logits.max(axis=1, keepdims=True)
@@ -183,41 +214,34 @@ class HeadWeights:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        names = set(self._tensors)
-        self.has_markov = "markov_w1.weight" in names
-        self.has_confidence = self.has_markov and "conf_proj.weight" in names
+        self._tensors = tensor_infos(path)
+        self.has_markov = "markov_w1.weight" in self._tensors
+        self.has_confidence = self.has_markov and "conf_proj.weight" in self._tensors
+        self.has_output = "output.weight" in self._tensors
+        self.has_d2t = "d2t" in self._tensors
 
-    @cached_property
-    def _tensors(self) -> dict[str, Any]:
-        import gguf
-
-        return {tensor.name: tensor for tensor in gguf.GGUFReader(self._path).tensors}
-
-    def _array(self, name: str) -> FloatArray:
-        import gguf
-
-        tensor = self._tensors[name]
-        return np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+    def _array(self, name: str) -> Any:
+        return read_tensor(self._path, self._tensors[name])
 
     @cached_property
     def _w1(self) -> FloatArray:
-        return self._array("markov_w1.weight")
+        return self._array("markov_w1.weight")  # type: ignore[no-any-return]
 
     @cached_property
     def _w2(self) -> FloatArray:
-        return self._array("markov_w2.weight")
+        return self._array("markov_w2.weight")  # type: ignore[no-any-return]
 
     @cached_property
     def _confidence_of_embedding(self) -> FloatArray:
         """The part of the confidence head that reads W1[prev]: the last `rank` weights."""
-        return self._array("conf_proj.weight").reshape(-1)[-self._w1.shape[1] :]
+        return self._array("conf_proj.weight").reshape(-1)[-self._w1.shape[1] :]  # type: ignore[no-any-return]
 
     @cached_property
     def _d2t(self) -> IntArray | None:
-        return np.asarray(self._tensors["d2t"].data).reshape(-1) if "d2t" in self._tensors else None
+        return self._array("d2t") if self.has_d2t else None
 
     def bias_change(self, token: int, instead_of: int, n_vocab: int) -> FloatArray:
-        """float32 [V]: W2 (W1[token] - W1[instead_of]); 0 outside a reduced draft vocabulary (those logits are -inf)."""
+        """float32 [V]: W2 (W1[token] - W1[instead_of]); 0 outside a reduced vocabulary (those logits are -inf)."""
         change = self._w2 @ (self._w1[token] - self._w1[instead_of])
         if self._d2t is None:
             return change

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,8 @@ def write_drafter_gguf(
 ) -> Path:
     """Write the drafter of `spec` to `path`, whole or not at all; returns the path.
 
-    tensors: arrays under their DeepSpec names (no "model." in front); `d2t` int64 [draft_vocab] holds absolute target ids.
-    target_gguf: where vocabulary, tokenizer and context length come from; it must be the target the drafter was trained for.
+    tensors: arrays under their DeepSpec names (no "model." in front); `d2t` int64 [draft_vocab]: absolute target ids.
+    target_gguf: the target it was trained for; vocabulary, tokenizer and context length are copied from there.
     quant: how 2-D weights are stored; norms and the confidence head stay F32.
 
     Raises DsparkError for tensors that are missing, unknown or of the wrong shape, PairMismatch for another target.
@@ -106,7 +107,7 @@ def write_drafter_gguf(
     if quant not in QUANTS:
         raise BadInput(f"unknown format {quant!r}: one of {', '.join(QUANTS)}")
     check_file(Path(target_gguf))
-    target = gguf.GGUFReader(target_gguf)
+    target = _metadata(Path(target_gguf), Path(target_gguf).stat().st_mtime_ns)
     n_vocab = _check_target(spec, target, Path(target_gguf).name)
     ready = _collect(tensors, spec, n_vocab)
 
@@ -129,16 +130,39 @@ def write_drafter_gguf(
     return path
 
 
-def _value(reader: Any, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
+@dataclass(frozen=True)
+class _Value:
+    """A metadata value with what it takes to write it again."""
+
+    content: Any
+    types: tuple[Any, ...]
 
 
-def _check_target(spec: DrafterSpec, target: Any, name: str) -> int:
+@lru_cache(maxsize=1)  # reading a vocabulary takes seconds; drafters for one target are often written in a row
+def _metadata(path: Path, changed_ns: int) -> dict[str, _Value]:
+    """The metadata of a GGUF. `changed_ns` (its modification time) is part of the cache's key."""
+    import gguf
+
+    try:
+        fields = gguf.GGUFReader(path).fields.values()
+    except (ValueError, IndexError) as error:
+        raise DsparkError(f"{path} cannot be read as GGUF: {error}") from None
+    return {
+        field.name: _Value(field.contents(), tuple(field.types))
+        for field in fields
+        if not field.name.startswith("GGUF.")
+    }
+
+
+def _value(metadata: Mapping[str, _Value], key: str) -> Any:
+    return metadata[key].content if key in metadata else None
+
+
+def _check_target(spec: DrafterSpec, target: Mapping[str, _Value], name: str) -> int:
     """Refuse a target the drafter cannot belong to; returns the size of its vocabulary."""
     arch = _value(target, "general.architecture")
     hidden, n_layer = _value(target, f"{arch}.embedding_length"), _value(target, f"{arch}.block_count")
-    tokens = target.get_field("tokenizer.ggml.tokens")
+    tokens = _value(target, "tokenizer.ggml.tokens")
     if hidden is None or n_layer is None or tokens is None:
         raise DsparkError(f"{name} lacks the metadata of a language model (architecture {arch!r})")
     if hidden != spec.hidden:
@@ -148,7 +172,7 @@ def _check_target(spec: DrafterSpec, target: Any, name: str) -> int:
         raise PairMismatch(
             f"the drafter reads the output of layer {beyond[0]}, {name} has usable layers -1 to {n_layer - 2}"
         )
-    n_vocab = len(tokens.data)
+    n_vocab = len(tokens)
     if not 0 <= spec.mask_token_id < n_vocab:
         raise PairMismatch(f"the drafter's mask token is {spec.mask_token_id}, {name} has {n_vocab} tokens")
     return n_vocab
@@ -163,7 +187,9 @@ def _collect(tensors: Mapping[str, npt.NDArray[Any]], spec: DrafterSpec, n_vocab
     missing = [name for name in table if name not in tensors]
     unknown = [name for name in tensors if name not in table and name not in _LEFT_OUT]
     if missing or unknown:
-        what = f"lacks {', '.join(missing[:3])}" if missing else f"has {', '.join(unknown[:3])}, which libllama cannot run"
+        what = (
+            f"lacks {', '.join(missing[:3])}" if missing else f"has {', '.join(unknown[:3])}, which libllama cannot run"
+        )
         raise DsparkError(f"the drafter {what}")
     sizes = _sizes(spec, n_vocab)
     ready = {}
@@ -223,7 +249,7 @@ def _check_d2t(d2t: npt.NDArray[Any], n_vocab: int) -> None:
         raise DsparkError(f"d2t must hold different ids from 0 to {n_vocab - 1}, one for each draft token")
 
 
-def _write_metadata(writer: Any, spec: DrafterSpec, target: Any, n_vocab: int, quant: str) -> None:
+def _write_metadata(writer: Any, spec: DrafterSpec, target: Mapping[str, _Value], n_vocab: int, quant: str) -> None:
     import gguf
 
     arch = _value(target, "general.architecture")
@@ -248,9 +274,9 @@ def _write_metadata(writer: Any, spec: DrafterSpec, target: Any, n_vocab: int, q
     writer.add_array(f"{ARCHITECTURE}.target_layers", [layer + 1 for layer in spec.target_layers])
     writer.add_bool(f"{ARCHITECTURE}.sample_from_anchor", spec.sample_from_anchor)
     writer.add_bool(f"{ARCHITECTURE}.has_confidence_head", spec.confidence)
-    for field in target.fields.values():
-        if field.name.startswith("tokenizer.") and field.name != "tokenizer.ggml.mask_token_id":
-            writer.add_key_value(field.name, field.contents(), field.types[0], *field.types[1:2])
+    for key, value in target.items():
+        if key.startswith("tokenizer.") and key != "tokenizer.ggml.mask_token_id":
+            writer.add_key_value(key, value.content, value.types[0], *value.types[1:2])
     writer.add_uint32("tokenizer.ggml.mask_token_id", spec.mask_token_id)
 
 
@@ -261,7 +287,7 @@ def _write_tensor(writer: Any, name: str, data: npt.NDArray[Any], quant: str) ->
         writer.add_tensor(name, data.astype(np.int64), raw_dtype=gguf.GGMLQuantizationType.I64)
         return
     array: FloatArray = np.ascontiguousarray(data, dtype=np.float32)
-    kind = _storage(array, quant) if min(array.shape) > 1 else "F32"
+    kind = _storage(array, quant) if array.ndim == 2 and min(array.shape) > 1 else "F32"
     number = gguf.GGMLQuantizationType[kind]
     writer.add_tensor(name, gguf.quants.quantize(array, number), raw_dtype=number)
 

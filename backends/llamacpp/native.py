@@ -1,6 +1,6 @@
 """The thin layer over libllama: exports that llama-cpp-python does not bind, batches made of numpy arrays, and its log.
 
-Exports are C++-mangled, not stable API, so the version is pinned in pyproject.toml and `check_exports` names what is missing.
+Exports are C++-mangled, not stable API: the version is pinned in pyproject.toml, and `check_exports` names what is gone.
 """
 
 from __future__ import annotations

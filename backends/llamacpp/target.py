@@ -24,7 +24,8 @@ class LlamaCppTarget(Target):
             n_ctx = options.ctx or min(self.model.n_ctx_train, DEFAULT_CTX)
             if n_ctx > self.model.n_ctx_train:
                 raise BadInput(
-                    f"--ctx {n_ctx} is more than the {self.model.n_ctx_train} tokens {self.model.path.name} was trained on"
+                    f"--ctx {n_ctx} is more than the {self.model.n_ctx_train} tokens "
+                    f"{self.model.path.name} was trained on"
                 )
             self.context = Context(self.model, options, n_ctx=n_ctx)
         except BaseException:
