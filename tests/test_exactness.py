@@ -144,3 +144,37 @@ def test_draw_follows_its_probabilities() -> None:
     assert counts.tolist() == [0, 500, 0, 250, 250, 0]
     assert sampling.draw(probs, 0.0) == 1
     assert sampling.draw(probs, np.nextafter(1.0, 0.0)) == 4
+
+
+def test_draw_over_a_real_vocabulary_width_follows_its_probabilities() -> None:
+    """Two-level search: block borders, an odd tail, zero blocks; compared with one cumulative sum in float64."""
+    random = np.random.default_rng(3)
+    probs = random.random(49_155).astype(np.float32) ** 40
+    probs[1000:3000] = 0.0
+    probs[-3:] = [0.0, 0.2, 0.0]
+    probs /= probs.sum()
+    whole = np.cumsum(probs, dtype=np.float64)
+    for uniform in [*random.random(3000), 0.0, 0.999999999, np.nextafter(1.0, 0.0)]:
+        token = sampling.draw(probs, uniform)
+        assert probs[token] > 0
+        # float32 block sums: the borders of a token may move by a few ulp of the total
+        assert whole[token] - probs[token] - 2e-6 <= uniform * whole[-1] <= whole[token] + 2e-6
+
+
+@pytest.mark.parametrize("count", [1, 5, 40, 191, 192, 5000])
+def test_top_k_keeps_the_k_largest(count: int) -> None:
+    row = np.random.default_rng(count).normal(size=49_155).astype(np.float32)
+    probs = sampling.probabilities(row, SamplingOptions(temperature=1.0, top_k=count))
+    assert set(np.flatnonzero(probs)) == set(np.argsort(-row)[:count])
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float) -> None:
+    row = np.random.default_rng(1).normal(size=49_155).astype(np.float32) * 3
+    law = np.exp(row.astype(np.float64) - row.max())
+    law /= law.sum()
+    order = np.argsort(-law)
+    size = int(np.searchsorted(np.cumsum(law[order]), top_p)) + 1
+    kept = np.flatnonzero(sampling.probabilities(row, SamplingOptions(temperature=1.0, top_p=top_p)))
+    # float32 sums may move the border by a token or two of a thousand
+    assert len(set(kept) ^ set(order[:size])) <= max(1, size // 500)

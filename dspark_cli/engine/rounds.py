@@ -32,6 +32,11 @@ class SamplingOptions:
         # Below 1e-5 the reference takes the argmax as well (golden/NOTES 14).
         return self.temperature < 1e-5
 
+    @property
+    def filters(self) -> bool:
+        """Whether anything but the temperature shapes the distribution."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
 
 @dataclass(frozen=True)
 class Request:

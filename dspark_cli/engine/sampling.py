@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dspark_cli.backends.base import Draft, FloatArray
+from dspark_cli.backends.base import Draft, FloatArray, IntArray
 from dspark_cli.engine.rounds import SamplingOptions
 
 TINY = 1e-8  # below this a probability, or a residual's mass, counts as none (golden/NOTES 14-15)
@@ -35,16 +35,21 @@ def probabilities(row: FloatArray, options: SamplingOptions, recent: Sequence[in
         probs = np.zeros_like(row)
         probs[row.argmax()] = 1.0
         return probs
-    kept = np.arange(len(row))
-    if 0 < options.top_k < len(row):
-        kept = np.argpartition(row, -options.top_k)[-options.top_k :]
+    if not options.filters:
+        weights = np.exp((row - row.max()) / np.float32(options.temperature))
+        weights /= weights.sum()
+        return weights
+    kept = _largest(row, options.top_k) if 0 < options.top_k < len(row) else np.arange(len(row))
     scaled = row[kept] / np.float32(options.temperature)
     weights = np.exp(scaled - scaled.max())
     weights /= weights.sum()
     keep = np.ones(len(kept), dtype=bool)
     if options.top_p < 1.0:
-        order = np.argsort(-weights, kind="stable")
+        # All tokens below the mean of the mass to cut weigh less than that mass together: none can be kept, so sort the rest.
+        rest = np.flatnonzero(weights >= (1.0 - options.top_p) / len(weights))
+        order = rest[np.argsort(-weights[rest], kind="stable")]
         before = np.cumsum(weights[order]) - weights[order]
+        keep[:] = False
         keep[order] = before < options.top_p  # the token that crosses the threshold stays
     if options.min_p > 0.0:
         keep &= weights >= options.min_p * weights.max()
@@ -53,11 +58,31 @@ def probabilities(row: FloatArray, options: SamplingOptions, recent: Sequence[in
     return probs
 
 
+BLOCK = 256  # two-level searches over the vocabulary: a pass over blocks, then one block
+
+
+def _largest(row: FloatArray, count: int) -> IntArray:
+    """Indices of the `count` largest of [V], in no order. The count-th largest block maximum bounds them from below."""
+    whole = len(row) // BLOCK * BLOCK
+    peaks = row[:whole].reshape(-1, BLOCK).max(axis=1)
+    if count > len(peaks):
+        return np.argpartition(row, -count)[-count:]
+    candidates = np.flatnonzero(row >= np.partition(peaks, -count)[-count])
+    return candidates[np.argpartition(row[candidates], -count)[-count:]]
+
+
 def draw(probs: FloatArray, uniform: float) -> int:
     """The token that inverse-CDF sampling with `uniform` in [0, 1) gives."""
-    cumulative = np.cumsum(probs, dtype=np.float64)
-    token = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    return token if token < len(probs) else int(np.flatnonzero(probs)[-1])  # the product rounded up to the whole mass
+    starts = np.arange(0, len(probs), BLOCK)
+    ends = np.cumsum(np.add.reduceat(probs, starts), dtype=np.float64)
+    wanted = uniform * ends[-1]
+    block = min(int(np.searchsorted(ends, wanted, side="right")), len(ends) - 1)
+    inside = probs[starts[block] : starts[block] + BLOCK]
+    rest = wanted - (ends[block - 1] if block else 0.0)
+    token = int(np.searchsorted(np.cumsum(inside, dtype=np.float64), rest, side="right"))
+    if token == len(inside):  # sums in another order: the last ulp may lie beyond this block's own total
+        token = int(np.flatnonzero(inside)[-1])
+    return int(starts[block]) + token
 
 
 def accept_probability(target_probs: FloatArray, draft_probs: FloatArray, token: int) -> float:
