@@ -1,0 +1,43 @@
+# `make run` and `make test` work on a fresh clone: they make .venv, build llama-cpp-python once, and go.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# dspark uses libllama only: leaving out the multimodal tools shortens the build (4 instead of 8 minutes on two cores).
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# The CPU build is what tests need; users choose theirs with the extra "torch".
+TORCH ?= torch==2.13.0
+
+.PHONY: run test lint fix clean
+
+run: $(VENV)/.installed
+	$(BIN)/dspark generate smollm2-135m "Write a short paragraph about the sea, then repeat it word for word." --max-tokens 160
+
+test: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy dspark_cli
+
+fix: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip wheel
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	@echo "Installing dspark. The first time this builds llama-cpp-python, which takes some minutes."
+	$(BIN)/python -m pip install --quiet --editable ".[embedded]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "transformers>=4.57" "safetensors>=0.4" --editable ".[embedded,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
