@@ -11,11 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_golden_cases import GOLDEN, Case, all_cases, assert_matches, drafter_of, read_tensors, softmax, target_of, tensors
+from test_golden_cases import (
+    GOLDEN,
+    Case,
+    all_cases,
+    assert_matches,
+    drafter_of,
+    read_tensors,
+    softmax,
+    target_of,
+    tensors,
+)
 
 pytest.importorskip("torch")
 
-from dspark_cli.backends.base import DraftRequest  # noqa: E402
+from dspark_cli.backends.base import DraftRequest
 
 sampling = pytest.importorskip("dspark_cli.engine.sampling")
 SamplingOptions = pytest.importorskip("dspark_cli.engine.rounds").SamplingOptions

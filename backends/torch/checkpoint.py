@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dspark_cli.backends.base import PairMismatch
-from dspark_cli.backends.torch.config import BadCheckpoint, DrafterConfig, read_config
+from dspark_cli.backends.torch.config import BadCheckpoint, DrafterConfig
+from dspark_cli.backends.torch.dialects import read_config
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
 from dspark_cli.backends.torch.layers import RMSNorm
