@@ -1,7 +1,7 @@
 """Every recorded Eagle3 tensor: the reference's order of forwards and cache crops, replayed on our module.
 
-Our drafter computes less (no attention while it extends the cache, no forward after the last draft); that it drafts from
-the same numbers is tested at the end.
+Our drafter computes less (no attention while it extends the cache, no forward after the last draft); that it drafts
+from the same numbers is tested at the end.
 """
 
 from __future__ import annotations

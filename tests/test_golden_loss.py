@@ -1,4 +1,4 @@
-"""The recorded training losses: labels, masks, teacher-forced logits, loss terms, metrics, gradients and their norms."""
+"""The recorded training losses: labels, masks, teacher-forced logits, loss terms, metrics, gradients, their norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stochastic mode: draft and target distributions, accept probabilities, residuals, accepted counts, and the bare rules.
+"""Stochastic mode: draft and target distributions, accept probabilities, residuals, accepted counts; the bare rules.
 
 The rules of the engine are used where it has them (dspark_cli.engine.sampling).
 """

@@ -35,7 +35,7 @@ def block_positions(anchor_positions: Tensor, rows: int) -> Tensor:
 
 
 def make_labels(input_ids: Tensor, loss_mask: Tensor, anchor_positions: Tensor, keep: Tensor, block: int) -> Labels:
-    """Labels of the blocks at `anchor_positions` [N, A] (keep: bool [N, A]) in documents input_ids, loss_mask [N, S]."""
+    """Labels of blocks at `anchor_positions` [N, A] (keep: bool [N, A]) in documents input_ids, loss_mask [N, S]."""
     length = input_ids.shape[1]
     wanted = block_positions(anchor_positions, block) + 1
     indices = torch.where(keep.unsqueeze(-1), wanted.clamp(max=length - 1), 0)

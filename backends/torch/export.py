@@ -1,7 +1,7 @@
 """Write a drafter in DeepSpec's checkpoint format (config.json and model.safetensors), with our two additions.
 
-`sample_from_anchor` and `draft_vocab_size` are written only when they differ from what DeepSpec means without them; `d2t`
-holds offsets (target id - draft id), as in every published checkpoint that has one.
+`sample_from_anchor` and `draft_vocab_size` are written only when they differ from what DeepSpec means without them;
+`d2t` holds offsets (target id - draft id), as in every published checkpoint that has one.
 """
 
 from __future__ import annotations

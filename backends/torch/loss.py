@@ -17,7 +17,7 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Shares of the three losses, and how fast the weight falls along a block: exp(-i / decay), i from 0; None = flat."""
+    """Shares of the three losses; the weight of position i in a block is exp(-i / decay), i from 0; None = flat."""
 
     ce: float = 0.1
     l1: float = 0.9

@@ -49,8 +49,9 @@ class Span:
         def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             for name, new in ((keys_name, keys), (values_name, values)):
                 self.store.put_at(name, self._slots, self.positions, new)
-            cached = (self.store.view(name, self.seqs, self.stop) for name in (keys_name, values_name))
-            return attention(queries, *cached, scale, mask)
+            cached_keys = self.store.view(keys_name, self.seqs, self.stop)
+            cached_values = self.store.view(values_name, self.seqs, self.stop)
+            return attention(queries, cached_keys, cached_values, scale, mask)
 
         return attend
 
