@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
-
-import psutil
 
 from dspark_cli.backends.base import BadInput, ContextFull, DsparkError
 from dspark_cli.backends.llamacpp import native
 from dspark_cli.backends.llamacpp.model import Model, out_of_memory
 from dspark_cli.backends.llamacpp.native import Batch, lib
+from dspark_cli.backends.machine import usable_cores
 
 KV_TYPES = {
     "f32": lib.GGML_TYPE_F32,
@@ -26,15 +24,6 @@ KV_TYPES = {
 }
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
 DEFAULT_CTX = 4096
-
-
-def usable_cores() -> int:
-    """Physical cores this process may run on: a second thread on one core slows ggml down."""
-    try:
-        allowed = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows
-        allowed = os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The thin layer over libllama: exports that llama-cpp-python does not bind, batches made of numpy arrays, and its log.
 
-Exports are C++-mangled, not stable API: the version is pinned in pyproject.toml, and `check_exports` names what is gone.
+Exports are C++-mangled, not stable API: the version is pinned, and `check_exports` names what is missing.
 """
 
 from __future__ import annotations
@@ -112,6 +112,42 @@ def start() -> NativeLog:
     """Initialise libllama once a process and take over its log."""
     lib.llama_backend_init()
     return NativeLog()
+
+
+def devices() -> list[dict[str, Any]]:
+    """What ggml can compute on: name, description, free and total bytes."""
+    from llama_cpp import _ggml
+
+    ggml = _ggml.libggml
+    start()
+    functions = {
+        "ggml_backend_dev_count": ([], ctypes.c_size_t),
+        "ggml_backend_dev_get": ([ctypes.c_size_t], ctypes.c_void_p),
+        "ggml_backend_dev_name": ([ctypes.c_void_p], ctypes.c_char_p),
+        "ggml_backend_dev_description": ([ctypes.c_void_p], ctypes.c_char_p),
+        "ggml_backend_dev_memory": (
+            [ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t)],
+            None,
+        ),
+    }
+    bound = {}
+    for name, (argtypes, restype) in functions.items():
+        function = bound[name] = getattr(ggml, name)
+        function.argtypes, function.restype = argtypes, restype
+    found = []
+    for index in range(bound["ggml_backend_dev_count"]()):
+        device = bound["ggml_backend_dev_get"](index)
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        bound["ggml_backend_dev_memory"](device, ctypes.byref(free), ctypes.byref(total))
+        found.append(
+            {
+                "name": bound["ggml_backend_dev_name"](device).decode(),
+                "description": bound["ggml_backend_dev_description"](device).decode(),
+                "free_bytes": free.value,
+                "total_bytes": total.value,
+            }
+        )
+    return found
 
 
 class Batch:

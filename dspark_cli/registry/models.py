@@ -90,7 +90,9 @@ def cached_file(repository: str | None, name: str | None) -> Path | None:
 
 def registry_file() -> Path:
     """models.toml: beside the package in a checkout, inside it when installed."""
-    return Path(str(files("dspark_cli.data").joinpath("models.toml")))
+    package = Path(str(files("dspark_cli")))
+    installed = package / "data" / "models.toml"
+    return installed if installed.exists() else package.parent / "models.toml"
 
 
 @cache
