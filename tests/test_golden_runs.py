@@ -12,7 +12,7 @@ from test_golden_cases import Case, all_cases, assert_matches, drafter_of, targe
 
 pytest.importorskip("torch")
 
-from dspark_cli.backends.base import Draft, DraftRequest  # noqa: E402
+from dspark_cli.backends.base import Draft, DraftRequest
 
 
 @dataclass
@@ -72,7 +72,9 @@ def proposal(draft: Draft, method: str, stops: frozenset[int], threshold: float 
 def measured_run(case_name: str, kind: str) -> dict[str, Any]:
     """The tensors of one run; `kind` is the part of their names before the dot, "" for the main run."""
     case = next(case for case in all_cases() if case.name == case_name)
-    given = {name.removeprefix(f"{kind}."): value for name, value in case.tensors.items() if name.startswith(f"{kind}.")}
+    given = {
+        name.removeprefix(f"{kind}."): value for name, value in case.tensors.items() if name.startswith(f"{kind}.")
+    }
     threshold = float(given["threshold"][0]) if "threshold" in given else None
     new_tokens = int(kind.removeprefix("short")) if kind.startswith("short") else case.settings["max_new_tokens"]
     stops = frozenset(given["stop_token_ids"].tolist()) if "stop_token_ids" in given else frozenset()
