@@ -16,10 +16,13 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest
 
+# mypy reads the package as it is installed: backends and kernels inside dspark_cli.
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy dspark_cli
+	rm -rf build/types && mkdir -p build/types/dspark_cli
+	ln -s $(CURDIR)/dspark_cli/* $(CURDIR)/backends $(CURDIR)/kernels build/types/dspark_cli/
+	$(BIN)/mypy --config-file pyproject.toml build/types/dspark_cli
 
 fix: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-
 from dspark_cli.backends.base import (
     Draft,
     Drafter,
@@ -35,7 +34,9 @@ class FakeTokenizer(Tokenizer):
 class TableTarget(Target):
     """A random target: logits depend on the last two tokens through a table [V, V, V]. Features: one-hot of the token."""
 
-    def __init__(self, n_vocab: int = 4, *, seed: int = 0, n_seq: int = 1, n_ctx: int = 64, spread: float = 1.0) -> None:
+    def __init__(
+        self, n_vocab: int = 4, *, seed: int = 0, n_seq: int = 1, n_ctx: int = 64, spread: float = 1.0
+    ) -> None:
         self.table = (np.random.default_rng(seed).normal(size=(n_vocab, n_vocab, n_vocab)) * spread).astype(np.float32)
         self.info = TargetInfo("table", "", "fake", "fp32", "cpu", n_vocab, n_vocab, 2, n_ctx, n_seq)
         self.tokenizer = FakeTokenizer(n_vocab)

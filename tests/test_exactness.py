@@ -12,15 +12,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from fakes import TableDrafter, TableTarget
-
 from dspark_cli.backends.base import Drafter
 from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.backends.standalone import StandaloneDrafter
+
 from dspark_cli.engine import sampling
 from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.rounds import Request, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off, Schedule, Threshold
+from fakes import TableDrafter, TableTarget
 
 N_VOCAB, LENGTH, DRAWS = 4, 4, 8_000
 PROMPT = [0, 1, 2, 0, 1]

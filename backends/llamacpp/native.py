@@ -15,7 +15,6 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-
 from dspark_cli.backends.base import DsparkError, FloatArray, IntArray
 
 # Before libgomp loads. It spins for milliseconds at each of ggml's several hundred barriers a token; when another program
@@ -23,8 +22,8 @@ from dspark_cli.backends.base import DsparkError, FloatArray, IntArray
 # spinning, 54 with this, 67 with passive waiting).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import llama_cpp  # noqa: E402
-from llama_cpp import llama_cpp as lib  # noqa: E402
+import llama_cpp
+from llama_cpp import llama_cpp as lib
 
 SUPPORTED_VERSION = "0.3.36"
 

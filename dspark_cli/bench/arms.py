@@ -72,7 +72,7 @@ def _once(target: Target, arm: Arm, request: Request) -> tuple[Stats, tuple[int,
         arm.drafter.drop(0)
     else:
         target.request_features(())
-    stats, tokens = Stats(), []
+    stats, tokens = Stats(), list[int]()
     for item in Engine(target, arm.drafter, arm.schedule).run([request]):
         stats.add(item)
         tokens.extend(item.tokens)

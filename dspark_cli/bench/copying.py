@@ -51,7 +51,9 @@ def main() -> None:
         ]
         requests = [Request(target.tokenizer.encode(prompt(p), bos=True), options.tokens) for p in PASSAGES]
         results = measure(target, arms, requests, repeats=options.repeats)
-    print(f"{path.name}, {len(requests)} passages, {options.tokens} tokens, {options.repeats} runs per arm, interleaved")
+    print(
+        f"{path.name}, {len(requests)} passages, {options.tokens} tokens, {options.repeats} runs per arm, interleaved"
+    )
     print(f"{'arm':22} {'tok/s':>8} {'ratio (min-max)':>22} {'tau':>6} {'own ms/round':>13}  ids")
     for arm in arms:
         stats = [s for m in results[arm.name] for s in m.stats]

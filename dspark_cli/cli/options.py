@@ -29,7 +29,9 @@ Backend = Annotated[str, typer.Option(help="auto, llamacpp or cpu.")]
 Quant = Annotated[str | None, typer.Option(help="Format of a named model, such as Q4_K_M.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample from the K most likely tokens; 0 is off.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Smallest set of tokens with this mass; 1 is off.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Smallest set of tokens with this mass; 1 is off.")
+]
 MinP = Annotated[
     float, typer.Option("--min-p", min=0.0, max=1.0, help="Drop tokens below this share of the best one's probability.")
 ]
@@ -37,13 +39,17 @@ RepeatPenalty = Annotated[float, typer.Option(min=0.1, help="Divide logits of re
 Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
 Accept = Annotated[str, typer.Option(help="Accept rule when sampling: exact (same text as plain) or residual.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to produce at most.")]
-Ctx = Annotated[int | None, typer.Option(help="Context in tokens; default what the model was trained on, at most 4096.")]
+Ctx = Annotated[
+    int | None, typer.Option(help="Context in tokens; default what the model was trained on, at most 4096.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default the physical cores.")]
 GpuLayers = Annotated[int | None, typer.Option(help="Layers on the GPU; default all, 0 is none.")]
 KvType = Annotated[str, typer.Option(help="Type of cached keys and values: f16, q8_0, q4_0, ...")]
 FlashAttn = Annotated[str, typer.Option(help="Flash attention: auto, on or off.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be given several times.")]
-Thinking = Annotated[bool | None, typer.Option("--thinking/--no-thinking", help="For models whose template has the switch.")]
+Thinking = Annotated[
+    bool | None, typer.Option("--thinking/--no-thinking", help="For models whose template has the switch.")
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 

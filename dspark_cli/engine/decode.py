@@ -152,7 +152,9 @@ class Engine:
             committed.append((tokens, text, kept))
         times = clock.times(injected_ms)
 
-        margins = [_margins(o.logits, len(c[0])) if self.margins else None for o, c in zip(outputs, committed, strict=True)]
+        margins = [
+            _margins(o.logits, len(c[0])) if self.margins else None for o, c in zip(outputs, committed, strict=True)
+        ]
         schedule.observe(
             [
                 Outcome(p, len(d), c[2], len(active), times.draft, times.verify)
@@ -202,9 +204,7 @@ class Engine:
             room = min(room, a.request.max_tokens - a.produced - 1)
         return room
 
-    def _observe(
-        self, seq: int, tokens: list[int], output: RowOutput, *, verified: int = 0, accepted: int = 0
-    ) -> None:
+    def _observe(self, seq: int, tokens: list[int], output: RowOutput, *, verified: int = 0, accepted: int = 0) -> None:
         if self.drafter is None:
             return
         if verified:

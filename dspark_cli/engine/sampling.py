@@ -147,7 +147,7 @@ class Sampler:
                 return i, self._draw(residual(target_probs, draft_probs))
         return len(draft), self._draw(self._probs(logits[-1], draft.tokens))
 
-    def _probs(self, row: FloatArray, drafted: Sequence[int]) -> FloatArray:
+    def _probs(self, row: FloatArray, drafted: Sequence[int] | IntArray) -> FloatArray:
         options = self.options
         if options.repeat_penalty == 1.0:
             return probabilities(row, options)

@@ -174,7 +174,9 @@ def first_difference(first: list[int], second: list[int]) -> int | None:
     """Index of the first token that differs; None for equal lists."""
     if first == second:
         return None
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def open_drafter(options: OpenOptions, target: LlamaCppTarget) -> Drafter | None:

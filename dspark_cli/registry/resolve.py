@@ -33,7 +33,9 @@ def resolve(model: str, quant: str | None = None) -> Resolved:
     entry = find(model)
     found = entry.on_disk()
     if quant is not None and found and quant.upper() not in found:
-        raise NotReady(f"{entry.name} is here as {', '.join(found)}, not as {quant}", hint=f"--quant {next(iter(found))}")
+        raise NotReady(
+            f"{entry.name} is here as {', '.join(found)}, not as {quant}", hint=f"--quant {next(iter(found))}"
+        )
     path = found.get(quant.upper()) if quant else next(iter(found.values()), None)
     if path is None:
         raise _missing(entry)
@@ -49,7 +51,9 @@ def find(name: str) -> Entry:
         return names[name.lower()]
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise BadInput(f"unknown model {name!r}", hint=f"{hint}`dspark models` lists all names; a path to a GGUF file works too")
+    raise BadInput(
+        f"unknown model {name!r}", hint=f"{hint}`dspark models` lists all names; a path to a GGUF file works too"
+    )
 
 
 def _looks_like_path(model: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from dspark_cli.backends.torch.anchors import gather_rows
 from dspark_cli.backends.torch.config import DrafterConfig
@@ -193,7 +193,9 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write a checkpoint; a reader never sees half of one."""
         state: dict[str, Any] = {
-            "model": {k: v for k, v in self.model.state_dict().items() if not k.startswith(("embed_tokens", "lm_head"))},
+            "model": {
+                k: v for k, v in self.model.state_dict().items() if not k.startswith(("embed_tokens", "lm_head"))
+            },
             "optimisers": [o.state_dict() for o in self.optimisers],
             "progress": asdict(self.progress),
         }
