@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from test_golden_cases import Case, all_cases, assert_matches, cases, drafter_of, target_of, tensors
 
 torch = pytest.importorskip("torch")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from test_golden_cases import Case, all_cases, assert_matches, drafter_of, target_of, tensors
 
 pytest.importorskip("torch")

@@ -1,4 +1,4 @@
-"""Torch drafters through their contract: batches, caches, sampling, reduced vocabularies, and training against drafting."""
+"""Torch drafters through their contract: batches, caches, sampling, reduced vocabularies; training against drafting."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from test_torch_checkpoint import EAGLE, TINY, random_model  # noqa: E402
-
 from dspark_cli.backends.base import Draft, DraftRequest, DsparkError  # noqa: E402
+from dspark_cli.backends.torch import speed  # noqa: E402
 from dspark_cli.backends.torch.anchors import sample_anchors  # noqa: E402
 from dspark_cli.backends.torch.config import DrafterConfig  # noqa: E402
 from dspark_cli.backends.torch.drafter import TorchDrafter, make_drafter  # noqa: E402
+from test_torch_checkpoint import EAGLE, TINY, random_model  # noqa: E402
 
 CONFIGS = {
     "dspark": TINY,
@@ -28,6 +28,8 @@ CONFIGS = {
     "sliding": replace(TINY, layer_types=("sliding_attention", "full_attention"), sliding_window=3),
     "causal sliding": replace(TINY, layer_types=("sliding_attention",) * 2, sliding_window=3, causal_sliding=True),
     "eagle3": EAGLE,
+    "eagle3 gemma4": replace(EAGLE, family="gemma4", shared_key_value=True, embed_scale=4.0, softcap=5.0),
+    "eagle3 normed residual": replace(EAGLE, norm_before_residual=True, qk_norm=False),
 }
 BLOCK_KINDS = [name for name, config in CONFIGS.items() if config.kind != "eagle3"]
 WIDTH = 32  # two features of the target's 16
@@ -341,3 +343,12 @@ def test_bfloat16(config: DrafterConfig) -> None:
     drafter = make_drafter(model_for(config).to(torch.bfloat16), name="test")
     drafter.observe(0, *text(9))
     assert len(drafter.propose([DraftRequest(0, 5, 4)])[0]) == 4
+
+
+def test_the_fastest_format_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert speed.fastest_dtype(TINY) in (torch.float32, torch.bfloat16)
+    times = {torch.float32: 3.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(speed, "_milliseconds", lambda rows, shape, dtype, device: times[dtype])
+    assert speed.fastest_dtype(TINY) == torch.bfloat16
+    times[torch.bfloat16] = 9.0
+    assert speed.fastest_dtype(TINY) == torch.float32

@@ -27,6 +27,7 @@ DEEPSPEC_CLASSES = {
     "Qwen3DSparkModel": "dspark",
     "Gemma4DSparkModel": "dspark",
     "Qwen3Eagle3Model": "eagle3",
+    "Gemma4Eagle3Model": "eagle3",
 }
 ZLAB_CLASSES = {"DFlashDraftModel": "dflash"}
 SPECULATORS_KINDS = ("dspark", "dflash", "eagle3")

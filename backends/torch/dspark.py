@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from dspark_cli.backends.torch.anchors import block_positions, previous_tokens, training_attends
 from dspark_cli.backends.torch.config import DrafterConfig
 from dspark_cli.backends.torch.heads import ConfidenceHead, make_head
-from dspark_cli.backends.torch.layers import Attend, DecoderLayer, RMSNorm, Rope, Rotary
+from dspark_cli.backends.torch.layers import (
+    Attend,
+    DecoderLayer,
+    RMSNorm,
+    Rope,
+    Rotary,
+    TokenEmbedding,
+    softcapped,
+)
 
 #: position in the block, corrected logits [N, W] -> chosen tokens int64 [N], as target ids
 Pick = Callable[[int, Tensor], Tensor]
@@ -48,7 +56,7 @@ class DSpark(nn.Module):
         super().__init__()
         self.config = config
         d = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, d)
+        self.embed_tokens = TokenEmbedding(config)
         self.fc = nn.Linear(config.feature_width, d, bias=False)
         self.hidden_norm = RMSNorm(d, config.rms_norm_eps)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
@@ -58,13 +66,6 @@ class DSpark(nn.Module):
         self.confidence_head = ConfidenceHead(config) if config.confidence_head else None
         self.rotary = Rotary(config)
         self.register_buffer("d2t", torch.arange(config.draft_vocab_size) if config.reduced else None)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """[..., d] of token ids [...]."""
-        embedded = self.embed_tokens(ids)
-        if self.config.embed_scale == 1.0:
-            return embedded
-        return embedded * torch.tensor(self.config.embed_scale, dtype=embedded.dtype)
 
     def fuse(self, features: Tensor) -> Tensor:
         """One row [..., d] of the target's hidden states [..., m*d]."""
@@ -76,7 +77,7 @@ class DSpark(nn.Module):
 
     def block(self, ids: Tensor, rope: Rope, attends: Sequence[Attend]) -> Tensor:
         """Block rows ids [N, R] through the layers -> [N, R, d] after the final norm."""
-        hidden = self.embed(ids)
+        hidden = self.embed_tokens(ids)
         for layer, attend in zip(self.layers, attends, strict=True):
             hidden = layer(hidden, rope, attend)
         return self.norm(hidden)
@@ -87,9 +88,7 @@ class DSpark(nn.Module):
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., W] of hidden states [..., d] after the final norm, before any bias."""
-        logits = self.lm_head(hidden)
-        cap = self.config.softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return softcapped(self.lm_head(hidden), self.config.softcap)
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """Draft-vocabulary ids as target ids."""

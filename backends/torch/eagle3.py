@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from dspark_cli.backends.torch.config import BadCheckpoint, DrafterConfig
-from dspark_cli.backends.torch.layers import Attend, DecoderLayer, RMSNorm, Rope, Rotary
+from dspark_cli.backends.torch.layers import (
+    Attend,
+    DecoderLayer,
+    RMSNorm,
+    Rope,
+    Rotary,
+    TokenEmbedding,
+    softcapped,
+)
 
 
 class Eagle3Layer(DecoderLayer):
@@ -50,7 +58,7 @@ class Eagle3(nn.Module):
             raise BadCheckpoint(f"an Eagle3 drafter has one layer, this one {config.num_layers}")
         self.config = config
         d = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, d)
+        self.embed_tokens = TokenEmbedding(config)
         self.fc = nn.Linear(config.feature_width, d, bias=False)
         self.layers = nn.ModuleList([Eagle3Layer(config)])
         self.norm = RMSNorm(d, config.rms_norm_eps)
@@ -76,7 +84,7 @@ class Eagle3(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., W] of hidden states [..., d] before the final norm."""
-        return self.lm_head(self.norm(hidden))
+        return softcapped(self.lm_head(self.norm(hidden)), self.config.softcap)
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """Draft-vocabulary ids as target ids."""

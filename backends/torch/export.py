@@ -43,6 +43,7 @@ def save_drafter(
 
 def deepspec_json(config: DrafterConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """config.json of `config` in DeepSpec's dialect; `parse_config` gives the same config back."""
+    family = "Gemma4" if config.gemma else "Qwen3"
     written: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
         "target_layer_ids": list(config.target_layer_ids),
@@ -50,12 +51,12 @@ def deepspec_json(config: DrafterConfig, dtype: torch.dtype = torch.float32) -> 
         **(_gemma_json(config) if config.gemma else _qwen_json(config)),
     }
     if config.kind == "eagle3":
-        written |= {"architectures": ["Qwen3Eagle3Model"], "ttt_length": config.block_size}
+        written |= {"architectures": [f"{family}Eagle3Model"], "ttt_length": config.block_size}
         if config.norm_before_residual:
             written["norm_before_residual"] = True
     else:
         written |= {"block_size": config.block_rows, "mask_token_id": config.mask_token_id, **_head_json(config)}
-        written["architectures"] = ["Gemma4DSparkModel" if config.gemma else "Qwen3DSparkModel"]
+        written["architectures"] = [f"{family}DSparkModel"]
         if not config.sample_from_anchor:
             written["sample_from_anchor"] = False
     for key, value, usual in (

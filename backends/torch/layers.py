@@ -33,6 +33,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (self.width,), self.weight, self.eps)
 
 
+class TokenEmbedding(nn.Embedding):
+    """Token rows times `embed_scale` (Gemma: sqrt(d), rounded to the weights' dtype; it is not in the stored weight)."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.scale = config.embed_scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids)
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
+
+
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap); unchanged without a cap."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 class Rotary(nn.Module):
     """cos and sin of the positions, from a table that grows on demand. Halves, not interleaved pairs."""
 

@@ -62,6 +62,17 @@ def position_weights(valid: Tensor, decay: float | None) -> Tensor:
     return weights * torch.exp(-steps / decay)
 
 
+def on_draft_vocabulary(target_probs: Tensor, target_ids: Tensor, d2t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a reduced drafter is trained on: (probs [..., W], outside [...], draft ids [...], -1 = not among them).
+
+    target_probs [..., V], target_ids [...]; d2t int64 [W].
+    """
+    t2d = torch.full((target_probs.shape[-1],), -1, dtype=torch.int64, device=d2t.device)
+    t2d[d2t] = torch.arange(len(d2t), device=d2t.device)
+    probs = target_probs[..., d2t]
+    return probs, (1 - probs.sum(dim=-1)).clamp(min=0), t2d[target_ids]
+
+
 def drafter_losses(
     logits: Tensor,
     confidence: Tensor | None,
