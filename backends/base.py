@@ -1,4 +1,4 @@
-"""What the engine asks of a target and a drafter, and the errors every room raises.
+"""What the engine asks of a target and a drafter.
 
 A backend implements `Target` and any number of `Drafter`s. The engine knows nothing else about it: features cross as
 arrays, so a drafter of one backend may serve a target of another.
@@ -16,44 +16,29 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from dspark_cli.backends.errors import BadInput, ContextFull, DsparkError, NotReady, PairMismatch
+
+__all__ = [
+    "EMPTY_DRAFT",
+    "BadInput",
+    "ContextFull",
+    "Draft",
+    "DraftRequest",
+    "Drafter",
+    "DsparkError",
+    "FloatArray",
+    "IntArray",
+    "NotReady",
+    "PairMismatch",
+    "Row",
+    "RowOutput",
+    "Target",
+    "TargetInfo",
+    "Tokenizer",
+]
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-
-
-class DsparkError(Exception):
-    """An expected failure: one line that says what failed, and what to type next.
-
-    Attributes:
-        hint: a command or a change that would help; None if there is nothing to suggest.
-        exit_code: what the process ends with (1 failed, 2 usage, 3 this machine cannot serve it).
-    """
-
-    exit_code = 1
-
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
-
-
-class BadInput(DsparkError):
-    """The request itself cannot be served: wrong option, unreadable or unusable input."""
-
-    exit_code = 2
-
-
-class NotReady(DsparkError):
-    """This machine cannot serve the request: weights, memory or a driver is missing."""
-
-    exit_code = 3
-
-
-class PairMismatch(DsparkError):
-    """A drafter does not fit the target it was asked to serve."""
-
-
-class ContextFull(DsparkError):
-    """A sequence does not fit the context it was given."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +103,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
-        """Ids of `text`. `special`: markers such as <|im_end|> become control tokens; `bos`: start with BOS if the model uses one."""
+        """Ids of `text`. `special`: markers such as <|im_end|> become control tokens; `bos`: begin with BOS if the model has one."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:

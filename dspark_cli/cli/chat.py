@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dspark_cli.backends.base import ContextFull, DsparkError
+from dspark_cli.backends.errors import ContextFull, DsparkError
 from dspark_cli.cli import options as o
 from dspark_cli.cli.errors import INTERRUPTED, report
 

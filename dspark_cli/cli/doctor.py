@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dspark_cli.backends.base import DsparkError, NotReady
+from dspark_cli.backends.errors import DsparkError, NotReady
 from dspark_cli.cli import options as o
 from dspark_cli.cli.errors import report
 

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from dspark_cli.backends.base import DsparkError
+from dspark_cli.backends.errors import DsparkError
 
 INTERRUPTED = 130
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dspark_cli.backends.base import BadInput, DsparkError
+from dspark_cli.backends.errors import BadInput, DsparkError
 from dspark_cli.cli import options as o
 
 

