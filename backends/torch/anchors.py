@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from dspark_cli.backends.torch.layers import Attend
+from torch import Tensor
 
 
 @dataclass(frozen=True)

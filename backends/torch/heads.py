@@ -7,9 +7,8 @@ previous token is the anchor. r = rank, V = target vocabulary, W = draft vocabul
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-
 from dspark_cli.backends.torch.config import BadCheckpoint, DrafterConfig
+from torch import Tensor, nn
 
 
 class MarkovHead(nn.Module):

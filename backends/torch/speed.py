@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 
 import torch
-from torch.nn import functional as F
-
 from dspark_cli.backends.torch.config import DrafterConfig
+from torch.nn import functional as F
 
 REPEATS = 5
 
