@@ -103,7 +103,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
-        """Ids of `text`. `special`: markers such as <|im_end|> become control tokens; `bos`: begin with BOS if the model has one."""
+        """Ids of `text`. `special`: markers such as <|im_end|> become control tokens; `bos`: begin with the BOS token."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:

@@ -7,7 +7,6 @@ a near-tie (first and second logit of the plain pass closer than NEAR_TIE), and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,10 +40,10 @@ def answers(session: Session, sampling: SamplingOptions, **how: bool) -> tuple[l
 
 
 @pytest.fixture(scope="module")
-def plain(embedded_gguf: Path) -> Iterator[tuple[list[list[int]], list[list[float]]]]:
+def plain(embedded_gguf: Path) -> tuple[list[list[int]], list[list[float]]]:
     with Session.open(OpenOptions(embedded_gguf, "smollm2-135m", drafter="none")) as session:
         tokens, margins, _ = answers(session, SamplingOptions(), margins=True)
-    yield tokens, margins
+    return tokens, margins
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -1,0 +1,621 @@
+"""DSpark and DFlash drafters in libllama, against drafters whose answers are known or computed in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dspark_cli.backends.base import Draft, DraftRequest, DsparkError, FloatArray, PairMismatch, Row
+from dspark_cli.backends.llamacpp import drafter as drafter_module
+from dspark_cli.backends.llamacpp.context import ContextOptions
+from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
+from dspark_cli.backends.llamacpp.export import DrafterSpec, write_drafter_gguf
+from dspark_cli.backends.llamacpp.header import read_tensor, tensor_infos
+from dspark_cli.backends.llamacpp.target import LlamaCppTarget
+
+import synthetic
+from dspark_cli.engine.decode import Engine
+from dspark_cli.engine.rounds import Request, SamplingOptions
+from dspark_cli.engine.schedule import Fixed, Off, Schedule
+from synthetic import HIDDEN, N_LAYER, SPEC, Arrays
+
+#: f32 keys and values, and no flash attention (it rounds them to f16): the reference has no rounding to excuse
+OPTIONS = ContextOptions(ctx=1400, n_seq=3, kv_type="f32", flash_attn="off")
+REDUCED = replace(SPEC, draft_vocab=4000)
+BARE = replace(SPEC, confidence=False)
+LATER = replace(SPEC, sample_from_anchor=False)
+NEAR_TIE = 0.05  # logits: passes of different width use different kernels, so a smaller top-2 margin may flip
+
+TEXT = (
+    "The lighthouse keeper climbed the stairs every evening, and every evening he counted them aloud: one, two, three."
+)
+OTHER = "def fibonacci(n):\n    a, b = 0, 1\n    while a < n:\n        print(a, end=' ')\n"
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[LlamaCppTarget]:
+    with LlamaCppTarget(synthetic.target_path(), OPTIONS) as opened:
+        opened.request_features(SPEC.target_layers)
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("drafters")
+
+
+@pytest.fixture(scope="module")
+def known(folder: Path) -> Path:
+    return synthetic.write(folder, synthetic.known_tensors(), quant="F16", name="known.gguf")
+
+
+@pytest.fixture(scope="module")
+def random(folder: Path) -> Path:
+    return synthetic.write(folder, synthetic.random_tensors(), name="random.gguf")
+
+
+@pytest.fixture(scope="module")
+def reduced(folder: Path) -> Path:
+    return synthetic.write(folder, synthetic.random_tensors(REDUCED), REDUCED, name="reduced.gguf")
+
+
+@contextmanager
+def opened(path: Path, target: LlamaCppTarget, options: ContextOptions = OPTIONS) -> Iterator[LlamaCppDrafter]:
+    with LlamaCppDrafter(path, target, options) as drafter:
+        yield drafter
+
+
+def features_of(target: LlamaCppTarget, tokens: Sequence[int]) -> FloatArray:
+    """float32 [n, m*d] of `tokens`, from sequence 0 of the target, which is left empty."""
+    parts = []
+    for begin in range(0, len(tokens), 500):
+        output = target.step([Row(0, tokens[begin : begin + 500], n_logits=1)])[0]
+        assert output.features is not None
+        parts.append(output.features.copy())
+    target.drop(0)
+    return np.concatenate(parts)
+
+
+@pytest.fixture(scope="module")
+def ids(target: LlamaCppTarget) -> list[int]:
+    return target.tokenizer.encode(TEXT)
+
+
+@pytest.fixture(scope="module")
+def features(target: LlamaCppTarget, ids: list[int]) -> FloatArray:
+    return features_of(target, ids)
+
+
+def propose(drafter: LlamaCppDrafter, anchor: int, block: int = 5, seq: int = 0) -> Draft:
+    return drafter.propose([DraftRequest(seq, anchor, block)])[0]
+
+
+def same(first: Draft, second: Draft) -> None:
+    assert first.tokens.tolist() == second.tokens.tolist()
+    assert first.confidence is not None
+    assert second.confidence is not None
+    np.testing.assert_allclose(first.confidence, second.confidence, atol=2e-3)
+
+
+# -- what is proposed --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anchor", [0, 1000, 48999])
+def test_known_sequence(target: LlamaCppTarget, known: Path, ids: list[int], features: FloatArray, anchor: int) -> None:
+    with opened(known, target) as drafter:
+        drafter.observe(0, ids, features)
+        assert (drafter.kind, drafter.block_size, drafter.feature_layers) == ("dspark", 5, SPEC.target_layers)
+        for block in (1, 3, 5, 9):
+            assert propose(drafter, anchor, block).tokens.tolist() == synthetic.walk(anchor, min(block, 5))
+        assert len(propose(drafter, anchor, 0)) == 0
+
+
+def test_known_confidence(target: LlamaCppTarget, known: Path) -> None:
+    """Hidden states are 0 there, so the head reads W1[previous] and its bias alone."""
+    tensors = synthetic.known_tensors()
+    weight = tensors["confidence_head.proj.weight"][0, HIDDEN:].astype(np.float64)
+    with opened(known, target) as drafter:
+        draft = propose(drafter, 321)
+    previous = [321, *draft.tokens[:-1]]
+    logits = tensors["markov_head.markov_w1.weight"][previous] @ weight + 0.3
+    np.testing.assert_allclose(draft.confidence, 1 / (1 + np.exp(-logits)), atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 20])
+def test_base_logits_and_confidence_equal_the_reference(
+    target: LlamaCppTarget, reduced: Path, ids: list[int], features: FloatArray, length: int
+) -> None:
+    """The whole drafter in numpy: features, injection, positions, RoPE, block attention, reduced head, Markov chain."""
+    tensors = synthetic.random_tensors(REDUCED)
+    features = features[:length]
+    base = synthetic.reference_base(tensors, REDUCED, features.astype(np.float64), 1000, 5)
+    hidden = synthetic.reference_hidden(tensors, REDUCED, features.astype(np.float64), 1000, 5)
+    with opened(reduced, target) as drafter:
+        drafter.observe(0, ids[:length], features)
+        draft = propose(drafter, 1000)
+    previous, weight = 1000, tensors["confidence_head.proj.weight"][0]
+    for k in range(5):
+        row = base[k] + synthetic.reference_bias(tensors, previous)
+        assert draft.tokens[k] == row.argmax()
+        embedding = tensors["markov_head.markov_w1.weight"][previous]
+        confidence = 1 / (1 + np.exp(-(weight @ np.concatenate([hidden[k], embedding]) + 0.3)))
+        assert draft.confidence is not None
+        assert draft.confidence[k] == pytest.approx(confidence, abs=1e-4)
+        previous = int(draft.tokens[k])
+
+
+def chosen_chain(drafter: LlamaCppDrafter, anchor: int, rank: int) -> tuple[Draft, list[FloatArray]]:
+    """A sampled draft that takes the token of `rank` (0 = best) at every position, and the rows it was shown."""
+    rows: list[FloatArray] = []
+
+    def choose(row: FloatArray, drafted: list[int]) -> tuple[int, FloatArray]:
+        assert len(drafted) == len(rows)
+        rows.append(row.copy())
+        probs = np.zeros_like(row)
+        token = int(np.argsort(-row, kind="stable")[rank])
+        probs[token] = 1.0
+        return token, probs
+
+    return drafter.propose([DraftRequest(0, anchor, 5, choose)])[0], rows
+
+
+@pytest.mark.parametrize("rank", [0, 1, 7])
+@pytest.mark.parametrize("spec", [SPEC, REDUCED], ids=["full", "reduced"])
+def test_sampled_rows_follow_the_sampled_chain(
+    target: LlamaCppTarget,
+    random: Path,
+    reduced: Path,
+    ids: list[int],
+    features: FloatArray,
+    spec: DrafterSpec,
+    rank: int,
+) -> None:
+    """libllama corrects along the greedy chain; `choose` must see base + W2 W1[what was chosen before]."""
+    tensors = synthetic.random_tensors(spec)
+    base = synthetic.reference_base(tensors, spec, features.astype(np.float64), 1000, 5)
+    hidden = synthetic.reference_hidden(tensors, spec, features.astype(np.float64), 1000, 5)
+    with opened(random if spec is SPEC else reduced, target) as drafter:
+        drafter.observe(0, ids, features)
+        draft, rows = chosen_chain(drafter, 1000, rank)
+    # The borrowed head is Q8_0: libllama rounds the hidden state to 8 bits, which moves logits by up to 0.1.
+    tolerance = 0.15 if spec is SPEC else 1e-3
+    previous, weight = 1000, tensors["confidence_head.proj.weight"][0]
+    assert draft.confidence is not None
+    for k in range(5):
+        expected = base[k] + synthetic.reference_bias(tensors, previous)
+        assert np.array_equal(np.isfinite(rows[k]), np.isfinite(expected))
+        finite = np.isfinite(expected)
+        np.testing.assert_allclose(rows[k][finite], expected[finite], atol=tolerance)
+        embedding = tensors["markov_head.markov_w1.weight"][previous]
+        logit = weight @ np.concatenate([hidden[k], embedding]) + 0.3
+        assert draft.confidence[k] == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-4)
+        previous = int(draft.tokens[k])
+    assert draft.probs is not None
+    assert draft.probs.argmax(axis=1).tolist() == draft.tokens.tolist()
+
+
+def test_reduced_vocabulary_gives_target_ids(target: LlamaCppTarget, folder: Path) -> None:
+    spec = replace(REDUCED, draft_vocab=512)
+    ids = synthetic.random_tensors(spec)["d2t"]
+
+    def successor(tokens: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+        return ids[(np.asarray(tokens) * 7 + 3) % len(ids)]
+
+    path = synthetic.write(folder, synthetic.known_tensors(spec, successor), spec, quant="Q8_0", name="known-d2t.gguf")
+    with opened(path, target) as drafter:
+        draft = propose(drafter, 40000)
+    assert draft.tokens.tolist() == synthetic.walk(40000, 5, successor)
+    assert draft.tokens.max() > 512  # absolute ids, not rows of the reduced head
+
+
+def test_without_confidence_head(target: LlamaCppTarget, folder: Path, ids: list[int], features: FloatArray) -> None:
+    """Then it is the probability the drafter gives its best token."""
+    tensors = synthetic.random_tensors(BARE)
+    base = synthetic.reference_base(tensors, BARE, features.astype(np.float64), 7, 5)
+    with opened(synthetic.write(folder, tensors, BARE, name="bare.gguf"), target) as drafter:
+        drafter.observe(0, ids, features)
+        draft = propose(drafter, 7)
+    assert draft.confidence is not None
+    previous = 7
+    for k in range(5):
+        row = base[k] + synthetic.reference_bias(tensors, previous)
+        probs = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+        assert draft.confidence[k] == pytest.approx(probs[draft.tokens[k]], rel=0.1)  # Q8_0 head, see above
+        previous = int(draft.tokens[k])
+
+
+def test_bonus_anchor_is_skipped(target: LlamaCppTarget, folder: Path, features: FloatArray, ids: list[int]) -> None:
+    """sample_from_anchor false: row 0 is the anchor's, the drafts are the rows after it."""
+    spec = replace(LATER, draft_vocab=REDUCED.draft_vocab)
+    tensors = synthetic.random_tensors(spec)
+    base = synthetic.reference_base(tensors, spec, features.astype(np.float64), 1000, 6)
+    with opened(synthetic.write(folder, tensors, spec, name="later.gguf"), target) as drafter:
+        assert drafter.block_size == 5
+        assert drafter.model.meta("dflash.block_size") == "6"  # llama.cpp counts the anchor's row
+        drafter.observe(0, ids, features)
+        draft = propose(drafter, 1000)
+    previous = 1000
+    for k in range(5):
+        assert draft.tokens[k] == (base[k + 1] + synthetic.reference_bias(tensors, previous)).argmax()
+        previous = int(draft.tokens[k])
+
+
+@pytest.mark.parametrize("from_anchor", [True, False])
+def test_dflash(target: LlamaCppTarget, folder: Path, features: FloatArray, ids: list[int], from_anchor: bool) -> None:
+    """No Markov head: each row on its own."""
+    spec = synthetic.dflash(REDUCED, from_anchor=from_anchor)
+    tensors = synthetic.random_tensors(spec)
+    base = synthetic.reference_base(tensors, spec, features.astype(np.float64), 1000, 6)
+    with opened(synthetic.write(folder, tensors, spec, name=f"dflash-{from_anchor}.gguf"), target) as drafter:
+        assert drafter.kind == "dflash"
+        drafter.observe(0, ids, features)
+        draft = propose(drafter, 1000)
+    first = 0 if from_anchor else 1
+    if from_anchor:  # a block of 5 rows: the mask rows see one row less
+        base = synthetic.reference_base(tensors, spec, features.astype(np.float64), 1000, 5)
+    assert draft.tokens.tolist() == base[first : first + 5].argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("quant", ["F16", "BF16", "Q8_0", "Q4_0"])
+def test_formats_load_and_draft(target: LlamaCppTarget, folder: Path, quant: str) -> None:
+    path = synthetic.write(folder, synthetic.known_tensors(), quant=quant, name=f"known-{quant}.gguf")
+    with opened(path, target) as drafter:
+        assert drafter.model.format == quant
+        assert propose(drafter, 5).tokens.tolist() == synthetic.walk(5, 5)
+
+
+# -- state -------------------------------------------------------------------------------------------------------------
+
+
+def test_sequences_together_equal_each_alone(
+    target: LlamaCppTarget, random: Path, ids: list[int], features: FloatArray
+) -> None:
+    other = target.tokenizer.encode(OTHER)
+    contexts = [(ids, features), (other, features_of(target, other)), (ids[:3], features[:3])]
+    anchors = [11, 2000, 300]
+    with opened(random, target) as drafter:
+        alone = []
+        for (tokens, feats), anchor in zip(contexts, anchors, strict=True):
+            drafter.observe(0, tokens, feats)
+            alone.append(propose(drafter, anchor))
+            drafter.drop(0)
+        for seq, (tokens, feats) in enumerate(contexts):
+            drafter.observe(seq, tokens, feats)
+        for order in ([0, 1, 2], [2, 0, 1], [1]):
+            together = drafter.propose([DraftRequest(seq, anchors[seq], 5) for seq in order])
+            for seq, draft in zip(order, together, strict=True):
+                same(draft, alone[seq])
+        uneven = drafter.propose([DraftRequest(0, 11, 2), DraftRequest(1, 2000, 5), DraftRequest(2, 300, 0)])
+        assert [len(d) for d in uneven] == [2, 5, 0]
+    assert alone[0].tokens.tolist() != alone[1].tokens.tolist()
+
+
+def test_more_sequences_than_one_pass_takes(known: Path) -> None:
+    """Eight blocks of 5 do not fit a pass of 32 tokens, and a block may not be cut in two (libllama would abort)."""
+    options = ContextOptions(ctx=64, n_seq=8, ubatch=32)
+    with LlamaCppTarget(synthetic.target_path(), options) as target, opened(known, target, options) as drafter:
+        drafts = drafter.propose([DraftRequest(seq, 100 + seq, 5) for seq in range(8)])
+    assert [d.tokens.tolist() for d in drafts] == [synthetic.walk(100 + seq, 5) for seq in range(8)]
+
+
+def test_rewind_equals_never_having_seen(
+    target: LlamaCppTarget, random: Path, ids: list[int], features: FloatArray
+) -> None:
+    with opened(random, target) as drafter:
+        drafter.observe(0, ids[:10], features[:10])
+        fresh = propose(drafter, 42)
+        drafter.observe(0, ids[10:], features[10:])
+        full = propose(drafter, 42)
+        drafter.rewind(0, 10)
+        same(propose(drafter, 42), fresh)
+        same(propose(drafter, 42), fresh)  # and a proposal leaves nothing behind
+        drafter.observe(0, ids[10:], features[10:])
+        same(propose(drafter, 42), full)
+        drafter.drop(0)
+        drafter.observe(0, ids[:10], features[:10])
+        same(propose(drafter, 42), fresh)
+    assert full.confidence is not None
+    assert fresh.confidence is not None
+    assert np.abs(full.confidence - fresh.confidence).max() > 0.01  # the context does matter to this drafter
+
+
+def test_fork_shares_the_prefix(target: LlamaCppTarget, random: Path, ids: list[int], features: FloatArray) -> None:
+    with opened(random, target) as drafter:
+        drafter.observe(0, ids, features)
+        full = propose(drafter, 42)
+        drafter.fork(0, 1)
+        drafter.fork(0, 2, 10)
+        same(propose(drafter, 42, seq=1), full)
+        drafter.drop(0)
+        same(propose(drafter, 42, seq=1), full)
+        short = propose(drafter, 42, seq=2)
+        drafter.observe(0, ids[:10], features[:10])
+        same(propose(drafter, 42), short)
+
+
+def test_context_longer_than_a_ubatch(target: LlamaCppTarget, random: Path) -> None:
+    tokens = target.tokenizer.encode((TEXT + "\n" + OTHER) * 30)[:1200]
+    assert len(tokens) == 1200
+    features = features_of(target, tokens)
+    with opened(random, target) as drafter:
+        drafter.observe(0, tokens, features)
+        for begin in range(0, 1200, 100):
+            drafter.observe(1, tokens[begin : begin + 100], features[begin : begin + 100])
+        drafter.observe(2, tokens[:500], features[:500])
+        at_once, bit_by_bit, cut = (propose(drafter, 42, seq=seq) for seq in range(3))
+    same(at_once, bit_by_bit)
+    assert cut.confidence is not None
+    assert np.abs(cut.confidence - at_once.confidence).max() > 1e-3  # what lies beyond one ubatch counts
+
+
+def test_no_features_is_an_error(target: LlamaCppTarget, known: Path) -> None:
+    with opened(known, target) as drafter, pytest.raises(PairMismatch, match="no target features"):
+        drafter.observe(0, [1, 2], None)
+
+
+# -- with the engine ---------------------------------------------------------------------------------------------------
+
+PROMPTS = (TEXT, OTHER, "Question: what is the capital of France?\nAnswer:", "1, 2, 3, 4, 5, 6,")
+
+
+def decode(
+    target: LlamaCppTarget, drafter: LlamaCppDrafter | None, schedule: Schedule, sampling: SamplingOptions
+) -> tuple[list[list[int]], list[list[float]], int]:
+    """Tokens and top-2 margins per prompt, three at a time, and how many drafts were accepted."""
+    engine = Engine(target, drafter, schedule, margins=sampling.greedy)
+    tokens: list[list[int]] = [[] for _ in PROMPTS]
+    margins: list[list[float]] = [[] for _ in PROMPTS]
+    requests = [Request(target.tokenizer.encode(text), 40, sampling, id=i) for i, text in enumerate(PROMPTS)]
+    accepted = 0
+    for item in engine.run(requests):
+        tokens[item.request] += item.tokens
+        margins[item.request] += item.margins or ()
+        accepted += item.accepted
+    for seq in range(OPTIONS.n_seq):
+        target.drop(seq)
+    return tokens, margins, accepted
+
+
+def assert_equal_but_for_near_ties(plain: list[int], margins: list[float], speculative: list[int]) -> None:
+    for i, (mine, theirs) in enumerate(zip(plain, speculative, strict=True)):
+        if mine != theirs:
+            assert margins[i] < NEAR_TIE, f"token {i} differs where the top-2 margin is {margins[i]:.3f}"
+            return
+
+
+@pytest.mark.parametrize("which", ["known", "random", "reduced"])
+def test_greedy_output_is_that_of_plain_decoding(
+    target: LlamaCppTarget, which: str, request: pytest.FixtureRequest
+) -> None:
+    sampling = SamplingOptions()
+    plain, margins, _ = decode(target, None, Off(), sampling)
+    with opened(request.getfixturevalue(which), target) as drafter:
+        speculative, _, _ = decode(target, drafter, Fixed(5), sampling)
+    for i in range(len(PROMPTS)):
+        assert_equal_but_for_near_ties(plain[i], margins[i], speculative[i])
+    target.request_features(SPEC.target_layers)
+
+
+def test_a_drafter_that_knows_the_answer_is_accepted(target: LlamaCppTarget, folder: Path) -> None:
+    """Successors taken from the plain output: a token that always follows the same token is accepted."""
+    prompt = target.tokenizer.encode(PROMPTS[3])
+    plain = [t for r in Engine(target).run([Request(prompt, 40)]) for t in r.tokens]
+    target.drop(0)
+    follows = dict(zip(plain[-2::-1], plain[:0:-1], strict=True))  # the first place of a token wins
+
+    def successor(tokens: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+        return np.asarray([follows.get(int(t), 0) for t in tokens])
+
+    path = synthetic.write(folder, synthetic.known_tensors(SPEC, successor), quant="F16", name="oracle.gguf")
+    with opened(path, target) as drafter:
+        rounds = list(Engine(target, drafter, Fixed(5)).run([Request(prompt, 40)]))
+    target.drop(0)
+    expected = sum(follows.get(a) == b for a, b in pairwise(plain))
+    tokens = [t for r in rounds for t in r.tokens]
+    assert tokens == plain
+    # Bonus tokens are not drafted: of `expected` predictable tokens, at most one a round is the target's own.
+    assert sum(r.accepted for r in rounds) >= expected - len(rounds)
+    assert sum(r.accepted for r in rounds) > 5
+
+
+@pytest.mark.parametrize("accept", ["exact", "residual"])
+def test_sampled_decoding_runs(target: LlamaCppTarget, random: Path, accept: str) -> None:
+    """(The law of the output is tests/test_exactness.py's business.) With a seed, `exact` gives the plain text."""
+    sampling = SamplingOptions(temperature=0.8, top_k=50, seed=7, accept=accept)  # type: ignore[arg-type]
+    plain, _, _ = decode(target, None, Off(), sampling)
+    with opened(random, target) as drafter:
+        speculative, _, _ = decode(target, drafter, Fixed(4), sampling)
+    assert [len(t) for t in speculative] == [40] * len(PROMPTS)
+    if accept == "exact":
+        assert [t[:5] for t in speculative] == [t[:5] for t in plain]
+    target.request_features(SPEC.target_layers)
+
+
+# -- wrong pairs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong pairs must be refused before a context is made."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a context was created for a drafter that does not fit")
+
+    monkeypatch.setattr(drafter_module, "Context", refuse)
+
+
+def write_for_anything(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tensors: Arrays, spec: DrafterSpec, name: str
+) -> Path:
+    """A drafter written without the writer's own checks of the pair."""
+    from dspark_cli.backends.llamacpp import export
+
+    monkeypatch.setattr(export, "_check_target", lambda *_: synthetic.N_VOCAB)
+    return synthetic.write(folder, tensors, spec, name=name)
+
+
+def test_wrong_width(target: LlamaCppTarget, folder: Path, no_context: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(SPEC, hidden=288, markov_rank=32)
+    path = write_for_anything(folder, monkeypatch, synthetic.random_tensors(spec), spec, "narrow.gguf")
+    with pytest.raises(PairMismatch, match="hidden size 288, the target has 576"):
+        LlamaCppDrafter(path, target)
+
+
+@pytest.mark.parametrize("layer", [N_LAYER - 1, N_LAYER, 90])
+def test_layer_beyond_the_target(
+    target: LlamaCppTarget, folder: Path, no_context: None, monkeypatch: pytest.MonkeyPatch, layer: int
+) -> None:
+    spec = replace(BARE, target_layers=(1, layer))
+    path = write_for_anything(folder, monkeypatch, synthetic.random_tensors(spec), spec, "deep.gguf")
+    with pytest.raises(PairMismatch, match=f"output of layer {layer}, the target has usable layers -1 to 28"):
+        LlamaCppDrafter(path, target)
+
+
+def rewritten(source: Path, path: Path, change: dict[str, object]) -> Path:
+    """A copy of a GGUF with some metadata changed (None leaves a key out)."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    architecture = str(change.pop("general.architecture", None) or reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(path, architecture)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        value = change.get(field.name, field.contents())
+        if value is not None:
+            writer.add_key_value(field.name, value, field.types[0], *field.types[1:2])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tokens_of(path: Path) -> list[str]:
+    import gguf
+
+    return list(gguf.GGUFReader(path).fields["tokenizer.ggml.tokens"].contents())
+
+
+def test_other_tokens(target: LlamaCppTarget, known: Path, folder: Path, no_context: None) -> None:
+    tokens = tokens_of(known)
+    tokens[777], tokens[778] = tokens[778], tokens[777]
+    path = rewritten(known, folder / "other.gguf", {"tokenizer.ggml.tokens": tokens})
+    with pytest.raises(PairMismatch, match="token 777 is .*, in the target"):
+        LlamaCppDrafter(path, target)
+
+
+def test_no_mask_token(target: LlamaCppTarget, known: Path, folder: Path, no_context: None) -> None:
+    path = rewritten(known, folder / "maskless.gguf", {"tokenizer.ggml.mask_token_id": None})
+    with pytest.raises(PairMismatch, match="no mask token"):
+        LlamaCppDrafter(path, target)
+
+
+def test_other_architecture(target: LlamaCppTarget, no_context: None) -> None:
+    with pytest.raises(PairMismatch, match="architecture is 'llama', not 'dflash'"):
+        LlamaCppDrafter(synthetic.target_path(), target)
+
+
+def test_padded_vocabulary_cannot_borrow_the_head(
+    target: LlamaCppTarget, folder: Path, no_context: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target's head gives 49152 numbers a row; libllama would read them as rows of 49153."""
+    spec = replace(synthetic.dflash(), name="padded")
+    plain = synthetic.write(folder, synthetic.random_tensors(spec), spec, name="unpadded.gguf")
+    tokens = [*tokens_of(plain), "[PAD]"]
+    types = [1] * len(tokens)
+    path = rewritten(
+        plain, folder / "padded.gguf", {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    )
+    with pytest.raises(PairMismatch, match=r"borrows the output head .* 49152 tokens; .* 49153"):
+        LlamaCppDrafter(path, target)
+
+
+def test_damaged_drafter(target: LlamaCppTarget, known: Path, folder: Path, no_context: None) -> None:
+    path = folder / "cut.gguf"
+    path.write_bytes(known.read_bytes()[:1_000_000])
+    with pytest.raises(DsparkError, match=r"cut\.gguf cannot be loaded"):
+        LlamaCppDrafter(path, target)
+
+
+# -- the writer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": 64}, "hidden size 64"),
+        ({"target_layers": (1, 29)}, "layer 29"),
+        ({"target_layers": (-2,)}, "layer -2"),
+        ({"mask_token_id": 49152}, "mask token is 49152"),
+    ],
+)
+def test_writer_refuses_another_target(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(PairMismatch, match=message):
+        synthetic.write(tmp_path, {}, replace(SPEC, **change))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_refuses_incomplete_or_foreign_tensors(tmp_path: Path) -> None:
+    tensors = synthetic.random_tensors(BARE)
+    with pytest.raises(DsparkError, match=r"lacks layers\.2\.input_layernorm\.weight"):
+        synthetic.write(tmp_path, tensors, replace(BARE, n_layer=3))
+    with pytest.raises(DsparkError, match=r"markov_head\.gate_proj\.weight, which libllama cannot run"):
+        synthetic.write(tmp_path, tensors | {"markov_head.gate_proj.weight": np.zeros((64, 640))}, BARE)
+    with pytest.raises(DsparkError, match=r"fc\.weight has shape \(576, 1728\).* \(576, 1152\)"):
+        synthetic.write(tmp_path, tensors, replace(BARE, target_layers=(1, 2)))
+    with pytest.raises(DsparkError, match="unknown format 'Q4_K_M'"):
+        synthetic.write(tmp_path, tensors, BARE, quant="Q4_K_M")
+    with pytest.raises(DsparkError, match="only beside a Markov head"):
+        synthetic.write(tmp_path, tensors, replace(SPEC, markov_rank=0))
+    doubled = synthetic.random_tensors(REDUCED)
+    doubled["d2t"][1] = doubled["d2t"][0]
+    with pytest.raises(DsparkError, match="d2t must hold different ids"):
+        synthetic.write(tmp_path, doubled, REDUCED)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "d.gguf"
+    path.write_bytes(b"what was there")
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", fail)
+    with pytest.raises(DsparkError, match=r"d\.gguf cannot be written: No space left"):
+        synthetic.write(tmp_path, synthetic.random_tensors(BARE), BARE)
+    assert path.read_bytes() == b"what was there"
+    assert [p.name for p in tmp_path.iterdir()] == ["d.gguf"]
+    with pytest.raises(DsparkError, match="cannot be written"):
+        write_drafter_gguf(tmp_path / "no" / "d.gguf", synthetic.random_tensors(BARE), BARE, synthetic.target_path())
+
+
+def test_tensors_come_back_as_written(reduced: Path) -> None:
+    tensors, infos = synthetic.random_tensors(REDUCED), tensor_infos(reduced)
+    np.testing.assert_array_equal(read_tensor(reduced, infos["d2t"]), tensors["d2t"])
+    np.testing.assert_array_equal(read_tensor(reduced, infos["fc.weight"]), tensors["fc.weight"])
+    np.testing.assert_array_equal(
+        read_tensor(reduced, infos["blk.1.attn_k_norm.weight"]), tensors["layers.1.self_attn.k_norm.weight"]
+    )
+    np.testing.assert_array_equal(
+        read_tensor(reduced, infos["conf_proj.weight"]), tensors["confidence_head.proj.weight"]
+    )
+
+
+def test_confidence_head_without_markov_part(target: LlamaCppTarget, tmp_path: Path) -> None:
+    """confidence_head_with_markov false: weights for the hidden state alone; the rest is filled with zeros."""
+    tensors = synthetic.known_tensors()
+    tensors["confidence_head.proj.weight"] = tensors["confidence_head.proj.weight"][:, :HIDDEN]
+    path = synthetic.write(tmp_path, tensors)
+    assert tensor_infos(path)["conf_proj.weight"].shape == (1, HIDDEN + SPEC.markov_rank)
+    with opened(path, target) as drafter:
+        np.testing.assert_allclose(propose(drafter, 9).confidence, 1 / (1 + np.exp(-0.3)), atol=1e-5)
