@@ -508,7 +508,7 @@ def test_other_tokens(target: LlamaCppTarget, known: Path, folder: Path, no_cont
     tokens = tokens_of(known)
     tokens[777], tokens[778] = tokens[778], tokens[777]
     path = rewritten(known, folder / "other.gguf", {"tokenizer.ggml.tokens": tokens})
-    with pytest.raises(PairMismatch, match="token 777 is .*, in the target"):
+    with pytest.raises(PairMismatch, match=r"token 777 is .*, in the target"):
         LlamaCppDrafter(path, target)
 
 
