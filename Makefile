@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 .PHONY: run test lint fix clean
 
 run: $(VENV)/.installed
-	$(BIN)/dspark generate smollm2-135m "Write a short paragraph about the sea, then repeat it word for word." --max-tokens 160
+	$(BIN)/dspark generate smollm2-135m "Write a Python function that returns the largest number of a list, and explain it." --max-tokens 160
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest

