@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+
 from dspark_cli.backends.errors import BadInput, ContextFull, DsparkError, NotReady, PairMismatch
 
 __all__ = [

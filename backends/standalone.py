@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
 from dspark_cli.backends.base import Draft, Drafter, DraftRequest, FloatArray, Row, Target
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from dspark_cli.backends.base import FloatArray, IntArray
 from dspark_cli.backends.llamacpp.export import DrafterSpec, write_drafter_gguf
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from dspark_cli.backends.base import BadInput, ContextFull
-from dspark_cli.backends.lookup import LookupDrafter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dspark_cli.backends.base import BadInput, ContextFull
+from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off, Threshold, parse_policy

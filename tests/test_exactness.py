@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
 from dspark_cli.backends.base import Drafter
 from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.backends.standalone import StandaloneDrafter
-
 from dspark_cli.engine import sampling
 from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.rounds import Request, SamplingOptions

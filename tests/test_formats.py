@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from dspark_cli.backends.base import BadInput, DsparkError
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
-
 from dspark_cli.bench.formats import requantize
 
 

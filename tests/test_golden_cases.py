@@ -19,10 +19,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+from safetensors.numpy import load_file  # noqa: E402
+
 from dspark_cli.backends.torch.checkpoint import load_drafter  # noqa: E402
 from dspark_cli.backends.torch.dialects import read_config  # noqa: E402
 from dspark_cli.backends.torch.drafter import TorchDrafter, make_drafter  # noqa: E402
-from safetensors.numpy import load_file  # noqa: E402
 
 GOLDEN = Path(os.environ.get("DSPARK_GOLDEN") or Path(__file__).parent / "golden")
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+import synthetic
 from dspark_cli.backends.base import Draft, DraftRequest, DsparkError, FloatArray, PairMismatch, Row
 from dspark_cli.backends.llamacpp import drafter as drafter_module
 from dspark_cli.backends.llamacpp.context import ContextOptions
@@ -17,8 +19,6 @@ from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
 from dspark_cli.backends.llamacpp.export import DrafterSpec, write_drafter_gguf
 from dspark_cli.backends.llamacpp.header import read_tensor, tensor_infos
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
-
-import synthetic
 from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.rounds import Request, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off, Schedule

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dspark_cli.backends.base import Tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dspark_cli.backends.base import Tokenizer
 from dspark_cli.engine.text import TextStream
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
 from dspark_cli.backends.base import DsparkError, PairMismatch  # noqa: E402
 from dspark_cli.backends.torch.checkpoint import TargetTables, build, check_pair, load_drafter  # noqa: E402
 from dspark_cli.backends.torch.config import BadCheckpoint, DrafterConfig  # noqa: E402
 from dspark_cli.backends.torch.drafter import open_drafter  # noqa: E402
 from dspark_cli.backends.torch.export import save_drafter  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 
 TINY = DrafterConfig(
     kind="dspark",

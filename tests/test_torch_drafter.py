@@ -15,7 +15,6 @@ from dspark_cli.backends.torch import speed  # noqa: E402
 from dspark_cli.backends.torch.anchors import sample_anchors  # noqa: E402
 from dspark_cli.backends.torch.config import DrafterConfig  # noqa: E402
 from dspark_cli.backends.torch.drafter import TorchDrafter, make_drafter  # noqa: E402
-
 from test_torch_checkpoint import EAGLE, TINY, random_model  # noqa: E402
 
 CONFIGS = {

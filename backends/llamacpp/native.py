@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+
 from dspark_cli.backends.base import DsparkError, FloatArray, IntArray
 
 # Before libgomp loads. It spins for milliseconds at each of ggml's several hundred barriers a token; when another program

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from dspark_cli.backends.torch.layers import Attend
 from torch import Tensor
+
+from dspark_cli.backends.torch.layers import Attend
 
 
 @dataclass(frozen=True)

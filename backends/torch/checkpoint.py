@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
 from dspark_cli.backends.base import PairMismatch
 from dspark_cli.backends.torch.config import BadCheckpoint, DrafterConfig
 from dspark_cli.backends.torch.dialects import read_config
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
 from dspark_cli.backends.torch.layers import RMSNorm
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 INDEX = "model.safetensors.index.json"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from dspark_cli.backends.base import EMPTY_DRAFT, Draft, Drafter, DraftRequest, DsparkError, FloatArray
 from dspark_cli.backends.torch.checkpoint import TargetTables, check_pair, load_drafter
 from dspark_cli.backends.torch.dspark import DSpark
@@ -19,7 +21,6 @@ from dspark_cli.backends.torch.eagle3 import Eagle3
 from dspark_cli.backends.torch.layers import Attend
 from dspark_cli.backends.torch.passes import Picker, Span, Vocabulary
 from dspark_cli.backends.torch.store import RowStore
-from torch import Tensor
 
 
 def open_drafter(

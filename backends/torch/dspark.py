@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from dspark_cli.backends.torch.anchors import block_positions, previous_tokens, training_attends
 from dspark_cli.backends.torch.config import DrafterConfig
 from dspark_cli.backends.torch.heads import ConfidenceHead, make_head
@@ -26,7 +28,6 @@ from dspark_cli.backends.torch.layers import (
     TokenEmbedding,
     softcapped,
 )
-from torch import Tensor, nn
 
 #: position in the block, corrected logits [N, W] -> chosen tokens int64 [N], as target ids
 Pick = Callable[[int, Tensor], Tensor]

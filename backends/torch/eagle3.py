@@ -10,6 +10,8 @@ Shapes: N = sequences, L = pairs, m*d = width of the features, d = hidden size, 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from dspark_cli.backends.torch.config import BadCheckpoint, DrafterConfig
 from dspark_cli.backends.torch.layers import (
     Attend,
@@ -20,7 +22,6 @@ from dspark_cli.backends.torch.layers import (
     TokenEmbedding,
     softcapped,
 )
-from torch import Tensor, nn
 
 
 class Eagle3Layer(DecoderLayer):

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+
 from dspark_cli.backends.torch.config import DrafterConfig
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
-from safetensors.torch import save_file
 
 
 def save_drafter(

@@ -7,8 +7,9 @@ previous token is the anchor. r = rank, V = target vocabulary, W = draft vocabul
 from __future__ import annotations
 
 import torch
-from dspark_cli.backends.torch.config import BadCheckpoint, DrafterConfig
 from torch import Tensor, nn
+
+from dspark_cli.backends.torch.config import BadCheckpoint, DrafterConfig
 
 
 class MarkovHead(nn.Module):

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from dspark_cli.backends.torch.config import DrafterConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dspark_cli.backends.torch.config import DrafterConfig
 
 #: queries, keys and values of a block [N, L, heads, D] -> attended values [N, L, H*D]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

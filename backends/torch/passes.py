@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from dspark_cli.backends.base import DraftRequest, FloatArray
 from dspark_cli.backends.torch.layers import Attend, attention
 from dspark_cli.backends.torch.store import RowStore
-from torch import Tensor
 
 
 class Span:

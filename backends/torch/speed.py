@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 
 import torch
-from dspark_cli.backends.torch.config import DrafterConfig
 from torch.nn import functional as F
+
+from dspark_cli.backends.torch.config import DrafterConfig
 
 REPEATS = 5
 
