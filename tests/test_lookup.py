@@ -40,7 +40,7 @@ def test_a_short_period_goes_round() -> None:
 
 
 def test_block_size_and_request_limit_the_draft() -> None:
-    text = list(range(40)) + [0]
+    text = [*range(40), 0]
     assert len(propose(with_text(text, block_size=5), 1, 30)) == 5
     assert len(propose(with_text(text), 1, 3)) == 3
     assert len(propose(with_text(text), 1, 0)) == 0

@@ -186,7 +186,7 @@ def test_ctrl_c_keeps_what_was_produced(as_json: bool) -> None:
     )
     assert command.stdout is not None
     first = b"" if as_json else command.stdout.read(5)
-    time.sleep(4 if as_json else 0.2)
+    time.sleep(1.5 if as_json else 0.2)
     command.send_signal(signal.SIGINT)
     rest, errors = command.communicate(timeout=60)
     assert command.returncode == 130
