@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import synthetic
-from dspark_cli.backends.base import Draft, DraftRequest, DsparkError, FloatArray, PairMismatch, Row
+from dspark_cli.backends.base import BadInput, Draft, DraftRequest, DsparkError, FloatArray, PairMismatch, Row
 from dspark_cli.backends.llamacpp import drafter as drafter_module
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
@@ -619,3 +619,8 @@ def test_confidence_head_without_markov_part(target: LlamaCppTarget, tmp_path: P
     assert tensor_infos(path)["conf_proj.weight"].shape == (1, HIDDEN + SPEC.markov_rank)
     with opened(path, target) as drafter:
         np.testing.assert_allclose(propose(drafter, 9).confidence, 1 / (1 + np.exp(-0.3)), atol=1e-5)
+
+
+def test_a_drafter_is_no_target(known: Path) -> None:
+    with pytest.raises(BadInput, match="is a drafter, not a model that can answer"):
+        LlamaCppTarget(known)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +11,11 @@ import numpy as np
 import pytest
 
 from dspark_cli.backends.base import BadInput, DsparkError, PairMismatch, Row
+from dspark_cli.backends.llamacpp import native
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
+from dspark_cli.engine.rounds import SamplingOptions
+from dspark_cli.engine.session import OpenOptions, Session
 from dspark_cli.engine.text import TextStream
 
 # Passes of different width use different kernels on a CPU: logits of size 10-30 agree to about 0.1 on Q4_1.
@@ -140,3 +145,30 @@ def test_options_that_cannot_be(embedded_gguf: Path) -> None:
         ContextOptions(kv_type="q3")
     with pytest.raises(BadInput, match="flash attention"):
         ContextOptions(flash_attn="maybe")
+
+
+def test_a_second_turn_computes_only_what_is_new(embedded_gguf: Path) -> None:
+    with Session.open(OpenOptions(embedded_gguf, "smollm2-135m", drafter="lookup", ctx=512)) as session:
+        messages = [{"role": "user", "content": "Tell me about the sea."}]
+        request = session.chat_request(messages, max_tokens=20, sampling=SamplingOptions())
+        rounds = list(session.run(request))
+        messages += [{"role": "assistant", "content": "".join(r.text for r in rounds)}]
+        messages += [{"role": "user", "content": "Tell me more."}]
+        longer = session.chat_request(messages, max_tokens=4, sampling=SamplingOptions())
+        first = next(iter(session.run(longer)))
+    assert first.cached >= len(request.prompt) + 15
+    assert first.cached + (first.prefill_tokens or 0) == len(longer.prompt)
+
+
+def test_an_interrupt_while_loading_is_kept_until_the_load_ends() -> None:
+    reached = []
+
+    def load() -> None:
+        with native.deferred_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("end of the native call")
+
+    with pytest.raises(KeyboardInterrupt):
+        load()
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

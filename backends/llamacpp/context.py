@@ -76,7 +76,13 @@ class Context:
             params.ctx_other = other
         log = native.start()
         log.clear()
-        self.handle = lib.llama_init_from_model(model.handle, params)
+        self.handle: Any = None
+        try:
+            with native.deferred_interrupts():
+                self.handle = lib.llama_init_from_model(model.handle, params)
+        except KeyboardInterrupt:
+            self.close()
+            raise
         if not self.handle:
             raise out_of_memory(f"a context of {params.n_ctx} tokens for {model.path.name}", log)
         self.memory = lib.llama_get_memory(self.handle)

@@ -18,11 +18,9 @@ from dspark_cli.backends.base import EMPTY_DRAFT, Draft, Drafter, DraftRequest, 
 from dspark_cli.backends.llamacpp import native
 from dspark_cli.backends.llamacpp.context import Context, ContextOptions
 from dspark_cli.backends.llamacpp.header import read_tensor, tensor_infos
-from dspark_cli.backends.llamacpp.model import Model, tokens_agree
+from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE, Model, tokens_agree
 from dspark_cli.backends.llamacpp.native import Batch, lib
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
-
-ARCHITECTURE = "dflash"
 
 
 def check_pair(drafter: Model, target: Model) -> None:
@@ -34,8 +32,8 @@ def check_pair(drafter: Model, target: Model) -> None:
             hint="--drafter lookup, or a drafter trained for this target",
         )
 
-    if drafter.architecture != ARCHITECTURE:
-        raise refuse(f"its architecture is {drafter.architecture!r}, not {ARCHITECTURE!r}")
+    if drafter.architecture != DRAFTER_ARCHITECTURE:
+        raise refuse(f"its architecture is {drafter.architecture!r}, not {DRAFTER_ARCHITECTURE!r}")
     if drafter.n_embd != target.n_embd:
         raise refuse(f"hidden size {drafter.n_embd}, the target has {target.n_embd}")
     layers = native.layer_ids(drafter.handle)

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_cli.backends.base import BadInput, DsparkError, FloatArray, PairMismatch
-from dspark_cli.backends.llamacpp.model import check_file
+from dspark_cli.backends.gguf_file import check_file
+from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE
 
-ARCHITECTURE = "dflash"
 #: what a matrix may be stored as (name -> number in general.file_type): the formats that gguf writes without libllama
 QUANTS = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q5_1": 9, "Q5_0": 8, "Q4_1": 3, "Q4_0": 2}
 
@@ -114,7 +114,7 @@ def write_drafter_gguf(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
+        writer = gguf.GGUFWriter(temporary, DRAFTER_ARCHITECTURE)
         _write_metadata(writer, spec, target, n_vocab, quant)
         for name, data in ready.items():
             _write_tensor(writer, name, data, quant)
@@ -270,10 +270,10 @@ def _write_metadata(writer: Any, spec: DrafterSpec, target: Mapping[str, _Value]
     writer.add_rope_dimension_count(spec.head_dim)
     writer.add_rope_freq_base(spec.rope_theta)
     # llama.cpp counts the rows of a block, the anchor's included, and the *inputs* of layers.
-    writer.add_uint32(f"{ARCHITECTURE}.block_size", spec.block_size + (0 if spec.sample_from_anchor else 1))
-    writer.add_array(f"{ARCHITECTURE}.target_layers", [layer + 1 for layer in spec.target_layers])
-    writer.add_bool(f"{ARCHITECTURE}.sample_from_anchor", spec.sample_from_anchor)
-    writer.add_bool(f"{ARCHITECTURE}.has_confidence_head", spec.confidence)
+    writer.add_uint32(f"{DRAFTER_ARCHITECTURE}.block_size", spec.block_size + (0 if spec.sample_from_anchor else 1))
+    writer.add_array(f"{DRAFTER_ARCHITECTURE}.target_layers", [layer + 1 for layer in spec.target_layers])
+    writer.add_bool(f"{DRAFTER_ARCHITECTURE}.sample_from_anchor", spec.sample_from_anchor)
+    writer.add_bool(f"{DRAFTER_ARCHITECTURE}.has_confidence_head", spec.confidence)
     for key, value in target.items():
         if key.startswith("tokenizer.") and key != "tokenizer.ggml.mask_token_id":
             writer.add_key_value(key, value.content, value.types[0], *value.types[1:2])

@@ -12,25 +12,12 @@ from typing import Any
 import numpy as np
 
 from dspark_cli.backends.base import DsparkError, NotReady, Tokenizer
+from dspark_cli.backends.gguf_file import check_file
 from dspark_cli.backends.llamacpp import native
 from dspark_cli.backends.llamacpp.native import lib
 
-GGUF_MAGIC = b"GGUF"
-
-
-def check_file(path: Path) -> None:
-    """Refuse what is not a readable GGUF before libllama sees it. Raises DsparkError."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except FileNotFoundError:
-        raise DsparkError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise DsparkError(f"{path} is a folder, not a GGUF file") from None
-    except OSError as error:
-        raise DsparkError(f"{path} cannot be read: {error.strerror}") from None
-    if magic != GGUF_MAGIC:
-        raise DsparkError(f"{path} is not a GGUF file: it starts with {magic!r} instead of {GGUF_MAGIC!r}")
+#: architecture of a DSpark or DFlash drafter's GGUF
+DRAFTER_ARCHITECTURE = "dflash"
 
 
 class Model:
@@ -45,9 +32,15 @@ class Model:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocab_only
-        self.handle = lib.llama_model_load_from_file(str(self.path).encode(), params)
+        try:
+            with native.deferred_interrupts():
+                self.handle = lib.llama_model_load_from_file(str(self.path).encode(), params)
+        except KeyboardInterrupt:
+            self.close()
+            raise
         if not self.handle:
-            raise DsparkError(f"{self.path} cannot be loaded: {log.reason() or 'libllama gave no reason'}")
+            silent = f"libllama gave no reason; is the file whole? It has {self.path.stat().st_size} bytes"
+            raise DsparkError(f"{self.path} cannot be loaded: {log.reason() or silent}")
         self.vocab = lib.llama_model_get_vocab(self.handle)
 
     def meta(self, key: str) -> str | None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -18,9 +21,9 @@ import numpy as np
 
 from dspark_cli.backends.base import DsparkError, FloatArray, IntArray
 
-# Before libgomp loads. It spins for milliseconds at each of ggml's several hundred barriers a token; when another program
-# holds one of the cores that costs a scheduler quantum each time (measured on 2 cores with one busy neighbour: 1.6 tok/s
-# spinning, 54 with this, 67 with passive waiting).
+# Before libgomp loads. By default it spins for milliseconds at each of ggml's several hundred barriers a token, and beside
+# another multi-threaded program the waiting threads take turns at it. `python -m dspark_cli.bench.neighbour` measures it:
+# no difference on a quiet machine or beside one busy thread, 28 against 5 to 25 tok/s beside another session.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import llama_cpp
@@ -88,6 +91,25 @@ def export(name: str) -> Callable[..., Any]:
             hint=f"pip install --force-reinstall llama-cpp-python=={SUPPORTED_VERSION}",
         )
     return function  # type: ignore[no-any-return]
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends.
+
+    Loading calls our log callback, and ctypes prints and drops an exception raised there: the interrupt would be lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    pending: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending:
+        raise KeyboardInterrupt
 
 
 class NativeLog:

@@ -10,7 +10,7 @@ import numpy as np
 from dspark_cli.backends.base import BadInput, PairMismatch, Row, RowOutput, Target, TargetInfo
 from dspark_cli.backends.llamacpp import native
 from dspark_cli.backends.llamacpp.context import DEFAULT_CTX, Context, ContextOptions
-from dspark_cli.backends.llamacpp.model import ChatTemplate, GgufTokenizer, Model
+from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE, ChatTemplate, GgufTokenizer, Model
 from dspark_cli.backends.llamacpp.native import lib
 
 
@@ -21,6 +21,10 @@ class LlamaCppTarget(Target):
         options = options or ContextOptions()
         self.model = Model(path, gpu_layers=options.gpu_layers)
         try:
+            if self.model.architecture == DRAFTER_ARCHITECTURE:
+                raise BadInput(
+                    f"{self.model.path.name} is a drafter, not a model that can answer", hint="--drafter PATH"
+                )
             n_ctx = options.ctx or min(self.model.n_ctx_train, DEFAULT_CTX)
             if n_ctx > self.model.n_ctx_train:
                 raise BadInput(

@@ -20,8 +20,8 @@ def requantize(source: Path, form: str, folder: Path) -> Path:
         raise BadInput(f"unknown format {form!r}: one of {', '.join(FORMATS)}")
     import gguf
 
+    from dspark_cli.backends.gguf_file import check_file
     from dspark_cli.backends.llamacpp import native
-    from dspark_cli.backends.llamacpp.model import check_file
     from dspark_cli.backends.llamacpp.native import lib
 
     check_file(source)

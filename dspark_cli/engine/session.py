@@ -10,8 +10,8 @@ from typing import Self
 
 from dspark_cli.backends.base import BadInput, Drafter, PairMismatch, Target
 from dspark_cli.backends.llamacpp.context import ContextOptions
-from dspark_cli.backends.llamacpp.drafter import ARCHITECTURE, LlamaCppDrafter
-from dspark_cli.backends.llamacpp.model import Model, tokens_agree
+from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
+from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE, Model, tokens_agree
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.backends.standalone import StandaloneDrafter
@@ -200,7 +200,7 @@ def open_drafter(options: OpenOptions, target: LlamaCppTarget) -> Drafter | None
 def _open_model_drafter(path: Path, options: OpenOptions, target: LlamaCppTarget) -> Drafter:
     probe = Model(path, vocab_only=True)
     try:
-        if probe.architecture == ARCHITECTURE:
+        if probe.architecture == DRAFTER_ARCHITECTURE:
             return LlamaCppDrafter(path, target, options.context())
         agree, difference = tokens_agree(target.model, probe)
     finally:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
+from dspark_cli.backends.gguf_file import check_file
 from dspark_cli.registry.models import Entry, load_models
-
-GGUF_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ def resolve(model: str, quant: str | None = None) -> Resolved:
     DsparkError for a path that is no model.
     """
     if _looks_like_path(model):
-        return Resolved(Path(model).stem, checked_gguf(Path(model).expanduser()))
+        return Resolved(Path(model).stem, check_file(Path(model).expanduser()))
     entry = find(model)
     found = entry.on_disk()
     if quant is not None and found and quant.upper() not in found:
@@ -43,13 +42,17 @@ def resolve(model: str, quant: str | None = None) -> Resolved:
     return Resolved(entry.name, path, drafter, entry)
 
 
+def names() -> dict[str, Entry]:
+    """Every name and alias in lower case, with its entry."""
+    return {alias.lower(): entry for entry in load_models().values() for alias in (entry.name, *entry.aliases)}
+
+
 def find(name: str) -> Entry:
     """The entry of a name or alias, any case."""
-    models = load_models()
-    names = {alias.lower(): entry for entry in models.values() for alias in (entry.name, *entry.aliases)}
-    if name.lower() in names:
-        return names[name.lower()]
-    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    known = names()
+    if name.lower() in known:
+        return known[name.lower()]
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise BadInput(
         f"unknown model {name!r}", hint=f"{hint}`dspark models` lists all names; a path to a GGUF file works too"
@@ -57,7 +60,10 @@ def find(name: str) -> Entry:
 
 
 def _looks_like_path(model: str) -> bool:
-    return model.lower().endswith(".gguf") or model.startswith((".", "/", "~")) or Path(model).exists()
+    """A name of the registry stays a name, whatever lies in this folder."""
+    if model.lower().endswith(".gguf") or model.startswith((".", "/", "~")):
+        return True
+    return model.lower() not in names() and Path(model).exists()
 
 
 def _missing(entry: Entry) -> DsparkError:
@@ -70,19 +76,3 @@ def _missing(entry: Entry) -> DsparkError:
         )
     name = next(iter(entry.gguf_files.values()))
     return NotReady(f"{name} is not on this machine", hint=f"hf download {entry.gguf} {name}")
-
-
-def checked_gguf(path: Path) -> Path:
-    """`path` if it begins like a GGUF file. Raises DsparkError that says what is wrong with it."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except FileNotFoundError:
-        raise DsparkError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise DsparkError(f"{path} is a folder, not a GGUF file", hint=f"{path}/MODEL.gguf") from None
-    except OSError as error:
-        raise DsparkError(f"{path} cannot be read: {error.strerror}") from None
-    if magic != GGUF_MAGIC:
-        raise DsparkError(f"{path} is not a GGUF file: it starts with {magic!r} instead of {GGUF_MAGIC!r}")
-    return path

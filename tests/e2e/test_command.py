@@ -60,7 +60,7 @@ def test_speculation_is_lossless_from_the_outside() -> None:
 def test_check_reports_identity() -> None:
     done = dspark("generate", MODEL, "Say hello twice. Hello. Hello.", "--max-tokens", "40", "--check")
     assert done.returncode == 0
-    assert done.stdout.startswith((b"identical: ", b"differs at token"))
+    assert done.stdout.startswith(b"identical: ") or b", a near-tie" in done.stdout
 
 
 def test_seeded_sampling_repeats_and_seeds_differ() -> None:
@@ -179,7 +179,18 @@ def test_a_closed_pipe_ends_quietly() -> None:
 def test_ctrl_c_keeps_what_was_produced(as_json: bool) -> None:
     more = ["--json"] if as_json else []
     command = subprocess.Popen(
-        [*DSPARK, "generate", MODEL, "Count to one thousand.", "--max-tokens", "4000", "--stop", "@@@", *more],
+        [
+            *DSPARK,
+            "generate",
+            MODEL,
+            "1 2 3 4 5 6 7 8 9 10",
+            "--raw",
+            "--drafter",
+            "none",
+            "--max-tokens",
+            "4000",
+            *more,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -213,11 +224,9 @@ class TestChat:
         assert b"tok/s" in done.stderr
         assert b">" not in done.stdout[:2]
 
-    def test_a_second_turn_prefills_only_what_is_new(self) -> None:
+    def test_every_turn_is_answered(self) -> None:
         done = self.chat("Tell me about the sea.", "Tell me more.", "/stats")
-        first, second = (line for line in done.stderr.decode().splitlines() if line.startswith("["))
-        assert first
-        assert second
+        assert len([line for line in done.stderr.decode().splitlines() if line.startswith("[")]) == 2
         assert done.returncode == 0
 
     def test_save_and_system(self, tmp_path: Path) -> None:
