@@ -1,0 +1,334 @@
+"""The memory plan: what a pair needs on a device, before anything is loaded. Pure arithmetic, no library.
+
+Every figure is bytes. A part that a CPU only reserves and never touches is not counted there: a device with memory of its
+own commits what it allocates, a CPU what is written. The constants below were fitted to libllama 0.3.36 and are checked
+against real loads by tests/test_plan_measured.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+GIB = 1024**3
+MIB = 1024**2
+#: bytes of one cached value by KV type (blocks of 32 values with their scales)
+KV_BYTES = {
+    "f32": 4.0,
+    "f16": 2.0,
+    "bf16": 2.0,
+    "q8_0": 34 / 32,
+    "q5_1": 24 / 32,
+    "q5_0": 22 / 32,
+    "q4_1": 20 / 32,
+    "q4_0": 18 / 32,
+}
+DEFAULT_CTX = 4096
+#: contexts tried, longest first, when none was asked for and the default does not fit
+SHORTER_CTX = (2048, 1024)
+UBATCH = 512
+
+
+@dataclass(frozen=True)
+class Device:
+    """Something weights can lie on.
+
+    kind:    cpu, cuda, rocm, metal or vulkan
+    total:   bytes; free: bytes that could be allocated now (Metal: of the recommended maximum)
+    runs:    backends that can use it here: "llamacpp", "torch"
+    unified: it shares the machine's memory (Apple, integrated GPUs), so target, drafter and system draw on one pool
+    """
+
+    name: str
+    kind: str
+    total: int
+    free: int
+    runs: tuple[str, ...] = ("llamacpp",)
+    unified: bool = False
+
+    @property
+    def usable(self) -> int:
+        """Free bytes less what must stay free: allocators fragment, displays and other programs grow."""
+        margin = min(512 * MIB, self.total // 16)
+        return max(0, self.free - margin)
+
+
+@dataclass(frozen=True)
+class TargetSize:
+    """What the plan must know of a target.
+
+    weights:   bytes of the weight files as loaded
+    kv_values: cached values a token: sum over layers of key width + value width
+    n_ff:      widest feed-forward layer (of one expert)
+    """
+
+    weights: int
+    n_layer: int
+    n_embd: int
+    n_vocab: int
+    kv_values: int
+    n_ff: int = 0
+    n_ctx_train: int = DEFAULT_CTX
+
+
+@dataclass(frozen=True)
+class DrafterSize:
+    """What the plan must know of a drafter; of a small model (kind "small") the same as of a target.
+
+    features: m*d, values of target features a token; 0 when it reads none
+    n_logits: rows of its output head (a reduced vocabulary has fewer); 0 when it has no passes (lookup)
+    """
+
+    kind: str
+    weights: int
+    n_layer: int
+    n_embd: int
+    n_vocab: int
+    kv_values: int
+    n_ff: int = 0
+    block_size: int = 8
+    features: int = 0
+
+    @property
+    def width(self) -> int:
+        """Rows of the largest verify pass: the anchor and a whole block."""
+        return 1 + self.block_size
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one loaded model. overhead: vocabulary and tensor tables, which lie in ordinary memory."""
+
+    weights: int = 0
+    kv: int = 0
+    compute: int = 0
+    features: int = 0
+    overhead: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.compute + self.features + self.overhead
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What will be allocated where.
+
+    on_device, on_host: bytes; the whole plan is on the host when the device is the CPU
+    gpu_layers:         target layers on the device (all of them = n_layer + 1, counting the output head; 0 on a CPU)
+    verify_width:       rows of the largest verify pass
+    """
+
+    device: Device
+    backend: str
+    target: Need
+    drafter: Need | None
+    ctx: int
+    n_seq: int
+    kv_type: str
+    gpu_layers: int
+    n_layer: int
+    verify_width: int
+    on_device: int
+    on_host: int
+    host_free: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def total(self) -> int:
+        return self.on_device + self.on_host
+
+    @property
+    def fits(self) -> bool:
+        if self.device.kind == "cpu" or self.device.unified:
+            return self.total <= self.device.usable
+        return self.on_device <= self.device.usable and self.on_host <= self.host_free
+
+    @property
+    def offload(self) -> str:
+        """Where the target's layers lie, in words."""
+        if self.device.kind == "cpu":
+            return self.device.name
+        if self.gpu_layers > self.n_layer:
+            return f"all on {self.device.name}"
+        return f"{self.gpu_layers} of {self.n_layer} layers on {self.device.name}"
+
+    def line(self) -> str:
+        """The plan in one line, as printed at the start."""
+        parts = [f"target {size(self.target.weights)}"]
+        if self.drafter is not None and self.drafter.total:
+            parts.append(f"drafter {size(self.drafter.weights)}")
+        kv = self.target.kv + (self.drafter.kv if self.drafter else 0)
+        parts.append(f"KV {size(kv)} ({self.ctx} tokens{f' x {self.n_seq}' if self.n_seq > 1 else ''}, {self.kv_type})")
+        rest = self.total - self.target.weights - kv - (self.drafter.weights if self.drafter else 0)
+        parts.append(f"buffers {size(rest)}")
+        free = self.device.free
+        return f"{size(self.total)} of {size(free)} free on {self.device.name}: {', '.join(parts)}; {self.offload}"
+
+    def as_dict(self) -> dict[str, object]:
+        """Everything, for `doctor --json`."""
+        return {
+            "device": self.device.name,
+            "device_kind": self.device.kind,
+            "device_free_bytes": self.device.free,
+            "backend": self.backend,
+            "fits": self.fits,
+            "total_bytes": self.total,
+            "device_bytes": self.on_device,
+            "host_bytes": self.on_host,
+            "target": vars(self.target),
+            "drafter": vars(self.drafter) if self.drafter else None,
+            "ctx": self.ctx,
+            "sequences": self.n_seq,
+            "kv_type": self.kv_type,
+            "gpu_layers": self.gpu_layers,
+            "n_layer": self.n_layer,
+            "verify_width": self.verify_width,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the user asked for; None leaves the choice to the plan."""
+
+    ctx: int | None = None
+    n_seq: int = 1
+    kv_type: str = "f16"
+    gpu_layers: int | None = None
+    ubatch: int = UBATCH
+
+
+def size(n_bytes: int) -> str:
+    """Bytes as people read them: "9.1 GB", "98 MB"."""
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 0.95e9 else f"{n_bytes / 1e6:.0f} MB"
+
+
+def kv_bytes(values: int, ctx: int, n_seq: int, kv_type: str) -> int:
+    """Keys and values of `n_seq` sequences; libllama pads a context to a multiple of 256."""
+    tokens = -(-ctx * n_seq // 256) * 256
+    return int(values * tokens * KV_BYTES[kv_type])
+
+
+def target_need(target: TargetSize, device: Device, ctx: int, options: PlanOptions, width: int, features: int) -> Need:
+    """What the target takes; `features`: values a token that a drafter reads from it."""
+    return Need(
+        weights=target.weights,
+        kv=kv_bytes(target.kv_values, ctx, options.n_seq, options.kv_type),
+        compute=_compute(target.n_embd, target.n_ff, target.n_vocab, device, min(options.ubatch, ctx), width),
+        features=_feature_buffers(features, min(options.ubatch, ctx), max(options.ubatch, min(2048, ctx))),
+        overhead=_overhead(target.n_vocab, device),
+    )
+
+
+def drafter_need(drafter: DrafterSize, device: Device, ctx: int, options: PlanOptions) -> Need:
+    """What the drafter takes beside the target."""
+    if not drafter.weights:
+        return Need()
+    rows = min(options.ubatch, ctx)
+    return Need(
+        weights=drafter.weights,
+        kv=kv_bytes(drafter.kv_values, ctx + drafter.width, options.n_seq, options.kv_type),
+        compute=_compute(drafter.n_embd, drafter.n_ff, drafter.n_vocab, device, rows, drafter.width),
+        features=4 * rows * drafter.features,
+        overhead=_overhead(drafter.n_vocab, device),
+    )
+
+
+def _compute(n_embd: int, n_ff: int, n_vocab: int, device: Device, rows: int, width: int) -> int:
+    """Activations and logits of the largest pass, and the copy of the logits that the host reads."""
+    activations = 4 * rows * (3 * n_embd + 4 * n_ff)
+    # A device reserves logits for every row of a pass; on a CPU only the rows that are computed are ever written.
+    logits = 4 * n_vocab * (rows if device.kind != "cpu" else 2 * width)
+    return activations + logits
+
+
+def _feature_buffers(features: int, rows: int, batch: int) -> int:
+    """libllama's copy for a whole batch, ours (concatenated) for one pass."""
+    return 4 * features * (rows + min(rows, batch)) if features else 0
+
+
+def _overhead(n_vocab: int, device: Device) -> int:
+    """Token texts and their index as libllama keeps them (measured: 49152 tokens take 17 MB), and a little per context."""
+    del device
+    return 350 * n_vocab
+
+
+def make_plan(
+    device: Device,
+    backend: str,
+    target: TargetSize,
+    drafter: DrafterSize | None = None,
+    options: PlanOptions | None = None,
+    *,
+    host_free: int | None = None,
+) -> MemoryPlan:
+    """The plan for this pair on `device`; look at `fits`. With no context asked for, shorter ones are tried.
+
+    host_free: free bytes of ordinary memory, for layers that stay there; None = as much as needed.
+    """
+    options = options or PlanOptions()
+    free = host_free if host_free is not None else 1 << 62
+    contexts = [options.ctx] if options.ctx else _contexts(target.n_ctx_train)
+    plan = None
+    for ctx in contexts:
+        plan = _plan_at(device, backend, target, drafter, options, ctx, free)
+        if plan.fits:
+            if ctx < contexts[0]:
+                plan = replace(plan, notes=(*plan.notes, f"context {ctx}, as {contexts[0]} tokens do not fit"))
+            return plan
+    assert plan is not None
+    return plan
+
+
+def _contexts(n_ctx_train: int) -> list[int]:
+    first = min(n_ctx_train, DEFAULT_CTX)
+    return [first, *(ctx for ctx in SHORTER_CTX if ctx < first)]
+
+
+def _plan_at(
+    device: Device,
+    backend: str,
+    target: TargetSize,
+    drafter: DrafterSize | None,
+    options: PlanOptions,
+    ctx: int,
+    host_free: int,
+) -> MemoryPlan:
+    width = drafter.width if drafter else 1
+    need = target_need(target, device, ctx, options, width * options.n_seq, drafter.features if drafter else 0)
+    theirs = drafter_need(drafter, device, ctx, options) if drafter else None
+    on_cpu = device.kind == "cpu"
+    everything = need.total + (theirs.total if theirs else 0)
+    host = need.overhead + (theirs.overhead if theirs else 0)
+    layers, on_device, on_host = 0, 0, everything
+    if not on_cpu:
+        layers, on_device, on_host = target.n_layer + 1, everything - host, host
+        fixed = on_device - need.weights - need.kv
+        if backend == "llamacpp" and (options.gpu_layers is not None or fixed + need.weights + need.kv > device.usable):
+            layers = _layers_that_fit(device, target, need, fixed, options)
+            share = layers / (target.n_layer + 1)
+            moved = int((need.weights + need.kv) * (1 - share))
+            on_device, on_host = on_device - moved, on_host + moved
+    return MemoryPlan(
+        device=device,
+        backend=backend,
+        target=need,
+        drafter=theirs,
+        ctx=ctx,
+        n_seq=options.n_seq,
+        kv_type=options.kv_type,
+        gpu_layers=layers,
+        n_layer=target.n_layer,
+        verify_width=width,
+        on_device=on_device,
+        on_host=on_host,
+        host_free=host_free,
+    )
+
+
+def _layers_that_fit(device: Device, target: TargetSize, need: Need, fixed: int, options: PlanOptions) -> int:
+    """Layers (the output head counts as one) that fit beside the drafter and the buffers."""
+    if options.gpu_layers is not None and options.gpu_layers >= 0:
+        return min(options.gpu_layers, target.n_layer + 1)
+    each = (need.weights + need.kv) / (target.n_layer + 1)
+    return max(0, min(target.n_layer + 1, int((device.usable - fixed) / each))) if device.usable > fixed else 0
