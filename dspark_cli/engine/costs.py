@@ -1,0 +1,204 @@
+"""What a round costs on this machine: milliseconds of verify, draft and injection, measured and refined by every round.
+
+Nothing is assumed about the shape of a curve: a pass of four tokens may be cheaper than one of three. Only where nothing
+was measured yet is a value taken from its measured neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+DRIFT_RATE = 0.2  # share of a surprise that is put down to the machine as a whole (other load, clock frequency)
+CELL_RATE = 0.03  # least share that is put down to this width alone
+OUTLIER = 2.0  # a pass this many times off is no evidence about its width
+DISAGREES = 1.35  # online costs this far from the profile, relative to one another, refute it
+ENOUGH = 24  # observations of a width before it may refute the profile
+
+
+class Curve:
+    """Milliseconds over a whole number of tokens, dense; points never measured are interpolated between those that were.
+
+    known: tokens -> ms, at least one point with tokens >= 1
+    """
+
+    def __init__(self, known: Mapping[int, float], size: int | None = None) -> None:
+        if not known or any(not math.isfinite(ms) or ms < 0 for ms in known.values()) or min(known) < 1:
+            raise ValueError(f"a cost curve needs measured points of at least one token, got {dict(known)}")
+        self.known = {int(n): float(ms) for n, ms in sorted(known.items())}
+        self.profiled = dict(self.known)
+        self.seen: dict[int, int] = {}
+        self.version = 0
+        self._ms = self._dense(max(size or 0, max(self.known)))
+
+    def _dense(self, size: int) -> Array:
+        """ms [size + 1]; entry 0 is 0. Beyond the last known point the curve goes on with its mean slope."""
+        tokens = np.fromiter(self.known, dtype=np.float64)
+        ms = np.fromiter(self.known.values(), dtype=np.float64)
+        wanted = np.arange(size + 1, dtype=np.float64)
+        dense = np.interp(wanted, tokens, ms)
+        slope = max(0.0, (ms[-1] - ms[0]) / (tokens[-1] - tokens[0])) if len(ms) > 1 else ms[0] * 0.3
+        dense += np.maximum(0.0, wanted - tokens[-1]) * slope
+        dense[0] = 0.0
+        return dense
+
+    def upto(self, size: int) -> Array:
+        """ms [size + 1] (a view, index = tokens)."""
+        if size >= len(self._ms):
+            self._ms = self._dense(size + size // 4)
+        return self._ms[: size + 1]
+
+    def at(self, tokens: int) -> float:
+        return float(self.upto(tokens)[tokens])
+
+    def refine(self, tokens: int, ratio: float) -> None:
+        """A pass of `tokens` took `ratio` times what `at(tokens)` says."""
+        seen = self.seen[tokens] = self.seen.get(tokens, 0) + 1
+        fresh = tokens not in self.known
+        rate = 1.0 if fresh else max(CELL_RATE, 1.0 / (seen + (8 if tokens in self.profiled else 0)))
+        self.known[tokens] = self.at(tokens) * ratio**rate
+        if fresh:
+            self.known = dict(sorted(self.known.items()))
+            self._ms = self._dense(len(self._ms) - 1)
+        elif len(self.known) < len(self._ms) - 1:
+            self._interpolate_around(tokens)
+        else:
+            self._ms[tokens] = self.known[tokens]
+        self.version += 1
+
+    def _interpolate_around(self, tokens: int) -> None:
+        self._ms[tokens] = self.known[tokens]
+        if tokens + 1 not in self.known or tokens - 1 not in self.known:
+            self._ms = self._dense(len(self._ms) - 1)
+
+    def disagreement(self) -> float:
+        """How far apart the online corrections of well-seen profiled points are (1 = the profile's shape holds)."""
+        ratios = [
+            self.known[n] / self.profiled[n] for n, seen in self.seen.items() if seen >= ENOUGH and n in self.profiled
+        ]
+        return max(ratios) / min(ratios) if len(ratios) > 1 else 1.0
+
+
+@dataclass
+class CostModel:
+    """Costs of one loaded pair.
+
+    verify:    tokens in the target's pass -> ms, at `depth` cached tokens a sequence
+    slope:     ms that one more cached token adds to a pass: slope[0] + slope[1] * tokens
+    draft:     tokens asked for -> ms of the drafter's pass; None without a pass
+    inject:    tokens -> ms of handing features to the drafter
+    own_ms:    overhead of a round outside all passes
+    measured:  whether a profile stands behind this; else only the online refinement does
+    """
+
+    verify: Curve
+    depth: int = 0
+    slope: tuple[float, float] = (0.0, 0.0)
+    draft: Curve | None = None
+    inject: Curve | None = None
+    own_ms: float = 0.3
+    measured: bool = True
+    drift: float = 1.0
+    _by_width: dict[int, Curve] = field(default_factory=dict)
+
+    @classmethod
+    def unmeasured(cls) -> CostModel:
+        """A guess to start from where there is no profile: the shape of a small CPU, the scale of the first pass seen."""
+        return cls(Curve({1: 10.0, 2: 14.0, 4: 20.0, 8: 32.0, 16: 58.0}), measured=False)
+
+    def verify_ms(self, shared: int, depth: float, size: int) -> Array:
+        """ms [size + 1] of a pass by its tokens, for `shared` sequences with `depth` cached tokens each, as of now."""
+        curve = self._curve(shared).upto(size)
+        extra = (depth - self.depth) * shared
+        if extra and self.slope != (0.0, 0.0):
+            # Never below half of what was measured: the line is fitted on two depths only.
+            curve = np.maximum(curve + extra * (self.slope[0] + self.slope[1] * np.arange(size + 1)), 0.5 * curve)
+        return curve * self.drift
+
+    def plain_ms(self, shared: int, depth: float) -> float:
+        """ms of a round of plain decoding."""
+        return float(self.verify_ms(shared, depth, shared)[shared]) + self.own_ms
+
+    def draft_ms(self, block: int) -> float:
+        return self.draft.at(block) * self.drift if self.draft is not None and block else 0.0
+
+    def inject_ms(self, tokens: int) -> float:
+        return self.inject.at(tokens) * self.drift if self.inject is not None and tokens else 0.0
+
+    def _curve(self, shared: int) -> Curve:
+        """Each number of sequences has a curve of its own, that starts as the profile and is refined by its own rounds."""
+        if shared == 1:
+            return self.verify
+        if shared not in self._by_width:
+            self._by_width[shared] = Curve(self.verify.known)
+        return self._by_width[shared]
+
+    def observe_verify(self, shared: int, tokens: int, depth: float, ms: float) -> None:
+        """A pass over `tokens` took `ms`. A clock that stood still or went back is no observation."""
+        if not (math.isfinite(ms) and ms > 0):
+            return
+        ratio = ms / float(self.verify_ms(shared, depth, tokens)[tokens])
+        if not self.measured:
+            # The first pass sets the scale of the guess, whatever it is.
+            self.drift *= ratio
+            self.measured = True
+            return
+        ratio = min(max(ratio, 1 / OUTLIER), OUTLIER)
+        self.drift *= ratio**DRIFT_RATE
+        self._curve(shared).refine(tokens, ratio ** (1 - DRIFT_RATE))
+
+    def observe_draft(self, block: int, ms: float) -> None:
+        self.draft = _refined(self.draft, block, ms, self.drift)
+
+    def observe_inject(self, tokens: int, ms: float) -> None:
+        self.inject = _refined(self.inject, tokens, ms, self.drift)
+
+    def observe_own(self, ms: float) -> None:
+        if math.isfinite(ms) and 0 <= ms < 1000:
+            self.own_ms += 0.05 * (min(ms, 4 * self.own_ms + 0.1) - self.own_ms)
+
+    @property
+    def disagrees(self) -> bool:
+        """Whether what rounds really cost refutes the profile."""
+        return self.verify.disagreement() > DISAGREES
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "verify": self.verify.known,
+            "depth": self.depth,
+            "slope": list(self.slope),
+            "draft": None if self.draft is None else self.draft.known,
+            "inject": None if self.inject is None else self.inject.known,
+            "own_ms": self.own_ms,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> CostModel:
+        """The inverse of `as_dict`. Raises ValueError, KeyError or TypeError for anything else."""
+
+        def curve(points: Mapping[str, float] | None) -> Curve | None:
+            return None if points is None else Curve({int(n): float(ms) for n, ms in points.items()})
+
+        verify = curve(raw["verify"])
+        slope = tuple(map(float, raw["slope"]))
+        own_ms = float(raw["own_ms"])
+        if verify is None or len(slope) != 2 or min(verify.known.values()) <= 0 or not 0 <= own_ms < math.inf:
+            raise ValueError("not a cost profile")
+        return cls(verify, int(raw["depth"]), slope, curve(raw["draft"]), curve(raw["inject"]), own_ms)
+
+
+def _refined(curve: Curve | None, tokens: int, ms: float, drift: float) -> Curve | None:
+    if not (math.isfinite(ms) and ms > 0 and tokens > 0):
+        return curve
+    if curve is None:
+        return Curve({tokens: ms / drift})
+    now = curve.at(tokens) * drift
+    curve.refine(tokens, min(max(ms / now, 1 / OUTLIER), OUTLIER) if now > 0 else 1.0)
+    return curve
