@@ -225,7 +225,8 @@ class DraftRequest:
 class Drafter(ABC):
     """Proposes tokens after an anchor. Keeps one state a sequence, of the tokens it has observed.
 
-    Call order per round: `propose`, then after verification `feedback`, and `observe` with the anchor and the accepted tokens.
+    Call order per round: `quick`, then maybe `propose`, then after verification `feedback`, and `observe` with the anchor
+    and the accepted tokens.
     What `propose` itself put in a cache is the drafter's own business: it must be gone, or reused, at the next call.
     """
 
@@ -234,6 +235,19 @@ class Drafter(ABC):
     block_size: int
     #: target layers whose outputs `observe` needs; () = none
     feature_layers: tuple[int, ...] = ()
+    #: whether `propose` costs a pass of a model; without one, `quick` is all there is
+    has_pass: bool = True
+    #: milliseconds of `observe` that were put off until `propose`, so far
+    inject_ms: float = 0.0
+
+    @property
+    def pass_block(self) -> int:
+        """Tokens that one `propose` drafts at most; `block_size` also covers `quick`."""
+        return self.block_size
+
+    def quick(self, requests: Sequence[DraftRequest]) -> list[Draft]:
+        """Drafts that cost no pass, in order; empty ones from a drafter that has none."""
+        return [EMPTY_DRAFT for _ in requests]
 
     @abstractmethod
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
@@ -244,7 +258,7 @@ class Drafter(ABC):
         """`tokens` were committed to the target's cache of `seq`; features float32 [len(tokens), m*d] if asked for."""
 
     def feedback(self, seq: int, verified: int, accepted: int) -> None:  # noqa: B027  (most drafters do not learn)
-        """Of the last proposal for `seq`, the target checked `verified` tokens and kept `accepted`. Comes before `observe`."""
+        """Of the last proposal for `seq`, the fate of `verified` tokens is known: `accepted` were right. Before `observe`."""
 
     @abstractmethod
     def rewind(self, seq: int, length: int) -> None:

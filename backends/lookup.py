@@ -31,6 +31,7 @@ class LookupDrafter(Drafter):
 
     name = "lookup"
     kind = "lookup"
+    has_pass = False
 
     def __init__(self, *, block_size: int = 16) -> None:
         self.block_size = block_size
@@ -42,6 +43,9 @@ class LookupDrafter(Drafter):
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         return [self._propose(request) for request in requests]
+
+    def quick(self, requests: Sequence[DraftRequest]) -> list[Draft]:
+        return self.propose(requests)
 
     def _propose(self, request: DraftRequest) -> Draft:
         history = self._histories.setdefault(request.seq, _History())

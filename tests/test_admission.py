@@ -191,10 +191,11 @@ class TestCosts:
     def test_a_broken_clock_changes_nothing(self, ms: float) -> None:
         costs = CostModel(Curve({1: 10.0, 2: 14.0}), draft=Curve({3: 2.0}))
         costs.observe_verify(1, 1, 0, ms)
-        costs.observe_draft(3, ms)
-        costs.observe_own(-1.0)
+        costs.observe_draft(1, 3, ms)
+        costs.observe_overhead(-1.0, None)
+        costs.observe_overhead(float("nan"), -1.0)
         assert costs.verify_ms(1, 0, 2).tolist() == [0.0, 10.0, 14.0]
-        assert costs.draft_ms(3) == 2.0
+        assert costs.pass_ms(1, 3) == 2.0
         assert costs.own_ms == 0.3
 
     def test_an_outlier_moves_little(self) -> None:
@@ -209,7 +210,7 @@ class TestCosts:
         assert costs.verify_ms(1, 0, 2)[2] > 400.0
 
     def test_round_trip(self) -> None:
-        costs = CostModel(Curve({1: 10.0, 3: 14.5}), 64, (0.1, 0.01), Curve({4: 2.0}), None, 0.2)
+        costs = CostModel(Curve({1: 10.0, 3: 14.5}), 64, (0.1, 0.01), Curve({4: 2.0}), 0.4, 0.2, 0.25)
         assert CostModel.from_dict(costs.as_dict()).as_dict() == costs.as_dict()
 
     @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_cli.backends.base import BadInput, ContextFull
+from dspark_cli.backends.base import BadInput, ContextFull, Drafter
+from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.lookup import LookupDrafter
+from dspark_cli.engine.auto import AutoSchedule
 from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off, Threshold, parse_policy
@@ -33,14 +35,20 @@ def tokens_of(rounds: list[Round], request: int = 0) -> list[int]:
     prompt=st.lists(st.integers(0, 4), min_size=1, max_size=20),
     length=st.integers(1, 30),
     block=st.integers(1, 6),
-    policy=st.sampled_from(["fixed:1", "fixed:4", "threshold:0.3", "off"]),
-    lookup=st.booleans(),
+    policy=st.sampled_from(["fixed:1", "fixed:4", "threshold:0.3", "off", "auto"]),
+    kind=st.sampled_from(["lookup", "table", "combined", "combined without lookup"]),
 )
 def test_greedy_output_equals_plain(
-    seed: int, prompt: list[int], length: int, block: int, policy: str, lookup: bool
+    seed: int, prompt: list[int], length: int, block: int, policy: str, kind: str
 ) -> None:
     target = TableTarget(5, seed=seed)
-    drafter = LookupDrafter(block_size=block) if lookup else TableDrafter(target, seed=seed + 1, block_size=block)
+    model, lookup = TableDrafter(target, seed=seed + 1, block_size=block), LookupDrafter(block_size=block + 2)
+    drafter: Drafter = {
+        "lookup": lookup,
+        "table": model,
+        "combined": CombinedDrafter(model, lookup),
+        "combined without lookup": CombinedDrafter(model),
+    }[kind]
     rounds = list(Engine(target, drafter, parse_policy(policy)).run([Request(prompt, length)]))
     assert tokens_of(rounds) == greedy(target, prompt, length)
     stats = Stats()
@@ -48,7 +56,7 @@ def test_greedy_output_equals_plain(
         stats.add(item)
     assert rounds[-1].finish == "length"
     assert stats.tokens == length
-    assert not stats.rounds or 1 <= stats.accepted_length <= block + 1
+    assert not stats.rounds or 1 <= stats.accepted_length <= block + 3
 
 
 def test_many_requests_share_the_passes_and_keep_their_own_text() -> None:
@@ -158,7 +166,7 @@ def test_repetition_penalty_is_the_same_with_and_without_drafts() -> None:
     assert drafted == plain != greedy(target, [0, 1], 24)
 
 
-@pytest.mark.parametrize("text", ["nonsense", "fixed", "fixed:0", "fixed:x", "threshold:2", "off:3", ""])
+@pytest.mark.parametrize("text", ["nonsense", "auto:3", "fixed", "fixed:0", "fixed:x", "threshold:2", "off:3", ""])
 def test_a_wrong_policy_says_what_is_allowed(text: str) -> None:
     with pytest.raises(BadInput, match="fixed:N"):
         parse_policy(text)
@@ -166,6 +174,7 @@ def test_a_wrong_policy_says_what_is_allowed(text: str) -> None:
 
 def test_policies_parse() -> None:
     assert isinstance(parse_policy("off"), Off)
+    assert isinstance(parse_policy("auto"), AutoSchedule)
     assert parse_policy("fixed:4") == Fixed(4)
     assert parse_policy("threshold:0.4") == Threshold(0.4)
 

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from dspark_cli.backends.base import Drafter
+from dspark_cli.backends.base import Draft, Drafter, DraftRequest
 from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.backends.standalone import StandaloneDrafter
 from dspark_cli.engine import sampling
+from dspark_cli.engine.admission import Array, admit
+from dspark_cli.engine.auto import AutoSchedule, Belief
+from dspark_cli.engine.calibration import OnlinePlatt
+from dspark_cli.engine.costs import CostModel, Curve
 from dspark_cli.engine.decode import Engine
+from dspark_cli.engine.guard import Guard
 from dspark_cli.engine.rounds import Request, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off, Schedule, Threshold
 from fakes import TableDrafter, TableTarget
@@ -54,7 +60,8 @@ def drawn(
 ) -> Counter[tuple[int, ...]]:
     """Answers of `draws` requests that differ in their seed only."""
     target = TableTarget(N_VOCAB)
-    engine = Engine(target, make(target) if make else None, schedule)
+    # A clock that stands still: no policy may depend on how fast this test runs.
+    engine = Engine(target, make(target) if make else None, schedule, clock=lambda: 0.0)
     requests = [
         Request(PROMPT, LENGTH, SamplingOptions(**{**vars(options), "seed": 1000 + i}), id=i) for i in range(draws)
     ]
@@ -99,6 +106,83 @@ def test_threshold_keeps_the_law(accept: str) -> None:
     options = SamplingOptions(temperature=1.0, accept=accept)  # type: ignore[arg-type]
     counts = drawn(options, DRAFTERS["table"], Threshold(0.45))
     assert excess(counts, exact_law(TableTarget(N_VOCAB), options)) < LIMIT
+
+
+#: T(2) is so dear that one draft token alone rarely pays, and T(3), T(4) add almost nothing
+JAGGED = {1: 10.0, 2: 17.5, 3: 17.6, 4: 17.7}
+
+
+def jagged_auto(kind: type[AutoSchedule] = AutoSchedule, *, learns: bool = True) -> AutoSchedule:
+    schedule = kind(CostModel(Curve(JAGGED), draft=Curve({3: 0.1}), own_ms=0.0, pass_own_ms=0.0))
+    if not learns:  # keeps believing the drafter, and never parks
+        schedule.beliefs = {"table": Belief(platt=Credulous())}
+        schedule.pass_guard = Guard(patience=(1e9, 1e9))
+    return schedule
+
+
+class Credulous(OnlinePlatt):
+    def update(self, logits: Array, happened: Array) -> None:
+        pass
+
+
+class TellingDrafter(TableDrafter):
+    """Its confidence in a token swings with the token before it: what x_1 is decides what c_2 says."""
+
+    def _propose(self, request: DraftRequest) -> Draft:
+        draft = super()._propose(request)
+        before = draft.tokens[:-1].tolist()
+        confidence = [0.6, *(0.95 if token % 2 else 0.05 for token in before)][: len(draft)]
+        return replace(draft, confidence=np.asarray(confidence, dtype=np.float32))
+
+
+class Anticipating(AutoSchedule):
+    """Wrong on purpose: the best length over the jagged curve, though drafts are sampled.
+
+    Whether token 1 is verified then depends on the confidence of token 2, which depends on what token 1 is.
+    """
+
+    def choose(self, drafts: Sequence[Draft]) -> list[int]:
+        super().choose(drafts)
+        lengths = admit(self._plan.survival, self._round_ms(sum(map(len, drafts)), 0), early_stop=False)
+        self._plan.verified = sum(lengths)
+        return lengths
+
+
+@pytest.mark.parametrize("accept", ["exact", "residual"])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_auto_keeps_the_law(drafter: str, accept: str) -> None:
+    """Learning, parking and probing on the way."""
+    options = SamplingOptions(temperature=1.0, accept=accept)  # type: ignore[arg-type]
+    counts = drawn(options, DRAFTERS[drafter], jagged_auto())
+    assert excess(counts, exact_law(TableTarget(N_VOCAB), options)) < LIMIT
+
+
+def test_auto_keeps_the_law_where_the_search_with_hindsight_breaks_it() -> None:
+    """The paper's appendix A, as a scheduler would commit it: same costs, same drafts, two searches, each with two lengths."""
+    options = SamplingOptions(temperature=1.0, accept="residual")
+    law = exact_law(TableTarget(N_VOCAB), options)
+    for kind, lossless in ((AutoSchedule, True), (Anticipating, False)):
+        lengths = Counter[int]()
+        schedule = jagged_auto(kind, learns=False)
+        counts = drawn(options, TellingDrafter, Counted(schedule, lengths))
+        assert sum(n > DRAWS / 10 for n in lengths.values()) >= 2, lengths
+        assert (excess(counts, law) < LIMIT) if lossless else (excess(counts, law) > 2 * LIMIT)
+
+
+class Counted(Schedule):
+    """Another schedule, with a count of the lengths it chose."""
+
+    def __init__(self, inner: Schedule, lengths: Counter[int]) -> None:
+        self.name, self._inner, self._lengths = inner.name, inner, lengths
+        self.block, self.passes, self.observe = inner.block, inner.passes, inner.observe  # type: ignore[method-assign]
+
+    def block(self, limits: Sequence[int], depth: float) -> list[int]:
+        raise NotImplementedError
+
+    def choose(self, drafts: Sequence[Draft]) -> list[int]:
+        chosen = self._inner.choose(drafts)
+        self._lengths.update(n for n, draft in zip(chosen, drafts, strict=True) if len(draft))
+        return chosen
 
 
 def test_exact_accept_gives_the_text_of_plain_decoding_with_the_same_seed() -> None:

@@ -216,6 +216,14 @@ class OnlinePlatt:
         self._information = (ss, sb, bb)
 
 
+    def fade(self, share: float) -> None:
+        """Time went by without evidence: what was learned counts for `share` of what it did."""
+        self.slope = 1.0 + share * (self.slope - 1.0)
+        self.offset *= share
+        old, prior = self._information, self._PRIOR
+        self._information = tuple(share * a + (1.0 - share) * b for a, b in zip(old, prior, strict=True))  # type: ignore[assignment]
+
+
 class PositionHistory:
     """Conditional acceptance by position, for drafts without any confidence: a prior of 2 observations of 0.6, fading."""
 

@@ -18,6 +18,7 @@ Array = npt.NDArray[np.float64]
 
 DRIFT_RATE = 0.2  # share of a surprise that is put down to the machine as a whole (other load, clock frequency)
 CELL_RATE = 0.03  # least share that is put down to this width alone
+PROFILE_WEIGHT = 8  # a profiled point counts as much as this many rounds
 OUTLIER = 2.0  # a pass this many times off is no evidence about its width
 DISAGREES = 1.35  # online costs this far from the profile, relative to one another, refute it
 ENOUGH = 24  # observations of a width before it may refute the profile
@@ -62,7 +63,7 @@ class Curve:
         """A pass of `tokens` took `ratio` times what `at(tokens)` says."""
         seen = self.seen[tokens] = self.seen.get(tokens, 0) + 1
         fresh = tokens not in self.known
-        rate = 1.0 if fresh else max(CELL_RATE, 1.0 / (seen + (8 if tokens in self.profiled else 0)))
+        rate = 1.0 if fresh else max(CELL_RATE, 1.0 / (seen + (PROFILE_WEIGHT if tokens in self.profiled else 0)))
         self.known[tokens] = self.at(tokens) * ratio**rate
         if fresh:
             self.known = dict(sorted(self.known.items()))
@@ -93,8 +94,8 @@ class CostModel:
     verify:    tokens in the target's pass -> ms, at `depth` cached tokens a sequence
     slope:     ms that one more cached token adds to a pass: slope[0] + slope[1] * tokens
     draft:     tokens asked for -> ms of the drafter's pass; None without a pass
-    inject:    tokens -> ms of handing features to the drafter
-    own_ms:    overhead of a round outside all passes
+    inject_ms: handing a round's features to the drafter
+    own_ms:    overhead of a round outside all passes;  pass_own_ms: the same where the drafter's pass ran
     measured:  whether a profile stands behind this; else only the online refinement does
     """
 
@@ -102,11 +103,13 @@ class CostModel:
     depth: int = 0
     slope: tuple[float, float] = (0.0, 0.0)
     draft: Curve | None = None
-    inject: Curve | None = None
+    inject_ms: float = 0.0
     own_ms: float = 0.3
+    pass_own_ms: float = 0.3
     measured: bool = True
     drift: float = 1.0
-    _by_width: dict[int, Curve] = field(default_factory=dict)
+    _shared_verify: dict[int, Curve] = field(default_factory=dict)
+    _shared_draft: dict[int, Curve] = field(default_factory=dict)
 
     @classmethod
     def unmeasured(cls) -> CostModel:
@@ -126,19 +129,15 @@ class CostModel:
         """ms of a round of plain decoding."""
         return float(self.verify_ms(shared, depth, shared)[shared]) + self.own_ms
 
-    def draft_ms(self, block: int) -> float:
-        return self.draft.at(block) * self.drift if self.draft is not None and block else 0.0
-
-    def inject_ms(self, tokens: int) -> float:
-        return self.inject.at(tokens) * self.drift if self.inject is not None and tokens else 0.0
+    def pass_ms(self, shared: int, block: int) -> float:
+        """ms that drafting `block` tokens each for `shared` sequences adds to a round, injection included."""
+        if self.draft is None:
+            return 0.0
+        extra = self.inject_ms + max(0.0, self.pass_own_ms - self.own_ms)
+        return _of(self._shared_draft, self.draft, shared).at(block) * self.drift + extra
 
     def _curve(self, shared: int) -> Curve:
-        """Each number of sequences has a curve of its own, that starts as the profile and is refined by its own rounds."""
-        if shared == 1:
-            return self.verify
-        if shared not in self._by_width:
-            self._by_width[shared] = Curve(self.verify.known)
-        return self._by_width[shared]
+        return _of(self._shared_verify, self.verify, shared)
 
     def observe_verify(self, shared: int, tokens: int, depth: float, ms: float) -> None:
         """A pass over `tokens` took `ms`. A clock that stood still or went back is no observation."""
@@ -154,15 +153,24 @@ class CostModel:
         self.drift *= ratio**DRIFT_RATE
         self._curve(shared).refine(tokens, ratio ** (1 - DRIFT_RATE))
 
-    def observe_draft(self, block: int, ms: float) -> None:
-        self.draft = _refined(self.draft, block, ms, self.drift)
+    def observe_draft(self, shared: int, block: int, ms: float) -> None:
+        """A drafter's pass of `block` tokens for each of `shared` sequences took `ms`."""
+        if not (math.isfinite(ms) and ms > 0):
+            return
+        if self.draft is None:
+            self.draft = Curve({block: ms / self.drift})
+            return
+        curve = _of(self._shared_draft, self.draft, shared)
+        now = curve.at(block) * self.drift
+        curve.refine(block, min(max(ms / now, 1 / OUTLIER), OUTLIER) if now > 0 else 1.0)
 
-    def observe_inject(self, tokens: int, ms: float) -> None:
-        self.inject = _refined(self.inject, tokens, ms, self.drift)
-
-    def observe_own(self, ms: float) -> None:
-        if math.isfinite(ms) and 0 <= ms < 1000:
-            self.own_ms += 0.05 * (min(ms, 4 * self.own_ms + 0.1) - self.own_ms)
+    def observe_overhead(self, own_ms: float, inject_ms: float | None) -> None:
+        """A round's time outside the passes; `inject_ms` is None where the drafter's pass did not run."""
+        if inject_ms is None:
+            self.own_ms = _smoothed(self.own_ms, own_ms)
+        else:
+            self.pass_own_ms = _smoothed(self.pass_own_ms, own_ms)
+            self.inject_ms = _smoothed(self.inject_ms, inject_ms)
 
     @property
     def disagrees(self) -> bool:
@@ -175,30 +183,38 @@ class CostModel:
             "depth": self.depth,
             "slope": list(self.slope),
             "draft": None if self.draft is None else self.draft.known,
-            "inject": None if self.inject is None else self.inject.known,
+            "inject_ms": self.inject_ms,
             "own_ms": self.own_ms,
+            "pass_own_ms": self.pass_own_ms,
         }
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> CostModel:
         """The inverse of `as_dict`. Raises ValueError, KeyError or TypeError for anything else."""
 
-        def curve(points: Mapping[str, float] | None) -> Curve | None:
-            return None if points is None else Curve({int(n): float(ms) for n, ms in points.items()})
+        def curve(points: Mapping[str, float]) -> Curve:
+            return Curve({int(n): float(ms) for n, ms in dict(points).items()})
 
         verify = curve(raw["verify"])
-        slope = tuple(map(float, raw["slope"]))
-        own_ms = float(raw["own_ms"])
-        if verify is None or len(slope) != 2 or min(verify.known.values()) <= 0 or not 0 <= own_ms < math.inf:
+        draft = None if raw["draft"] is None else curve(raw["draft"])
+        first, second = map(float, raw["slope"])
+        overhead = [float(raw[name]) for name in ("inject_ms", "own_ms", "pass_own_ms")]
+        if min(verify.known.values()) <= 0 or not all(0 <= ms < math.inf for ms in overhead):
             raise ValueError("not a cost profile")
-        return cls(verify, int(raw["depth"]), slope, curve(raw["draft"]), curve(raw["inject"]), own_ms)
+        return cls(verify, int(raw["depth"]), (first, second), draft, *overhead)
 
 
-def _refined(curve: Curve | None, tokens: int, ms: float, drift: float) -> Curve | None:
-    if not (math.isfinite(ms) and ms > 0 and tokens > 0):
-        return curve
-    if curve is None:
-        return Curve({tokens: ms / drift})
-    now = curve.at(tokens) * drift
-    curve.refine(tokens, min(max(ms / now, 1 / OUTLIER), OUTLIER) if now > 0 else 1.0)
-    return curve
+def _of(curves: dict[int, Curve], base: Curve, shared: int) -> Curve:
+    """Each number of sequences has a curve of its own, that starts as the profile and is refined by its own rounds."""
+    if shared == 1:
+        return base
+    if shared not in curves:
+        curves[shared] = Curve(base.known)
+    return curves[shared]
+
+
+def _smoothed(old: float, new: float) -> float:
+    """A moving mean that an outlier moves little."""
+    if not (math.isfinite(new) and new >= 0):
+        return old
+    return old + 0.05 * (min(new, 4 * old + 0.1) - old)

@@ -6,9 +6,10 @@ Everything that generates (chat, generate, batch, bench, the terminal UI) reads 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from statistics import fmean
 
 import numpy as np
 
@@ -82,12 +83,14 @@ class Engine:
     """A target, maybe a drafter, and a schedule; remembers what each sequence's cache holds between runs.
 
     margins: also report, per committed token, the gap between the first and second logit (greedy only).
+    clock:   seconds, from any start
     """
 
     target: Target
     drafter: Drafter | None = None
     schedule: Schedule = field(default_factory=Off)
     margins: bool = False
+    clock: Callable[[], float] = time.perf_counter
     _cached: dict[int, list[int]] = field(default_factory=dict)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Round]:
@@ -126,7 +129,7 @@ class Engine:
     def _round(self, active: list[_Active]) -> list[Round]:
         """Draft, choose, verify, commit: one cycle of all active requests."""
         target, schedule = self.target, self.schedule
-        clock = _Clock(target)
+        clock = _Clock(self)
 
         proposals = self._propose(active)
         clock.lap("draft")
@@ -136,31 +139,28 @@ class Engine:
         outputs = target.step([Row(a.seq, [a.anchor, *d.tokens.tolist()]) for a, d in zip(active, drafts, strict=True)])
         clock.lap("verify")
 
+        outcomes: list[Outcome] = []
         committed: list[tuple[list[int], str, int]] = []
         injected_ms = 0.0
-        for a, start, draft, output in zip(active, starts, drafts, outputs, strict=True):
+        for a, start, proposal, draft, output in zip(active, starts, proposals, drafts, outputs, strict=True):
             accepted, bonus = a.sampler.verify(output.logits, draft)
+            outcomes.append(judge(proposal, len(draft), accepted, bonus))
             anchor = a.anchor
             tokens, text = a.trim([*draft.tokens[:accepted].tolist(), bonus], target.info.n_ctx - start - 1)
             kept = min(accepted, len(tokens))
             a.anchor = tokens[-1]
             target.rewind(a.seq, start + 1 + kept)  # rejected positions leave the cache
-            began = time.perf_counter()
-            self._observe(a.seq, [anchor, *tokens[:kept]], output, verified=len(draft), accepted=accepted)
-            injected_ms += (time.perf_counter() - began) * 1e3
+            began = self.clock()
+            self._observe(a.seq, [anchor, *tokens[:kept]], output, outcomes[-1])
+            injected_ms += (self.clock() - began) * 1e3
             self._cached[a.seq] += [anchor, *tokens[:kept]]
             committed.append((tokens, text, kept))
         times = clock.times(injected_ms)
+        schedule.observe(outcomes, times)
 
         margins = [
             _margins(o.logits, len(c[0])) if self.margins else None for o, c in zip(outputs, committed, strict=True)
         ]
-        schedule.observe(
-            [
-                Outcome(p, len(d), c[2], len(active), times.draft, times.verify)
-                for p, d, c in zip(proposals, drafts, committed, strict=True)
-            ]
-        )
         return [
             Round(
                 request=a.request.id,
@@ -184,15 +184,17 @@ class Engine:
 
     def _propose(self, active: list[_Active]) -> list[Draft]:
         """A draft per active request, within what its token limit, the context and the pass leave room for."""
-        proposals = [EMPTY_DRAFT for _ in active]
-        if self.drafter is None:
-            return proposals
-        share = self.target.max_rows // len(active) - 1
-        limits = [max(0, min(self.drafter.block_size, share, self._room(a))) for a in active]
-        blocks = self.schedule.block(limits)
-        asked = [i for i, block in enumerate(blocks) if block > 0]
-        if asked:
-            made = self.drafter.propose([active[i].draft_request(blocks[i]) for i in asked])
+        drafter, share = self.drafter, self.target.max_rows // len(active) - 1
+        longest = drafter.block_size if drafter is not None else 0
+        limits = [max(0, min(longest, share, self._room(a))) for a in active]
+        blocks = self.schedule.block(limits, fmean(self.target.length(a.seq) for a in active))
+        if drafter is None or not any(blocks):
+            return [EMPTY_DRAFT for _ in active]
+        proposals = drafter.quick([a.draft_request(block) for a, block in zip(active, blocks, strict=True)])
+        if drafter.has_pass:
+            sizes = self.schedule.passes([min(block, drafter.pass_block) for block in blocks], proposals)
+            asked = [i for i, size in enumerate(sizes) if size > 0]
+            made = drafter.propose([active[i].draft_request(sizes[i]) for i in asked]) if asked else []
             for i, draft in zip(asked, made, strict=True):
                 proposals[i] = draft
         return proposals
@@ -204,11 +206,11 @@ class Engine:
             room = min(room, a.request.max_tokens - a.produced - 1)
         return room
 
-    def _observe(self, seq: int, tokens: list[int], output: RowOutput, *, verified: int = 0, accepted: int = 0) -> None:
+    def _observe(self, seq: int, tokens: list[int], output: RowOutput, outcome: Outcome | None = None) -> None:
         if self.drafter is None:
             return
-        if verified:
-            self.drafter.feedback(seq, verified, accepted)
+        if outcome is not None and outcome.judged:
+            self.drafter.feedback(seq, outcome.judged, outcome.kept)
         features = None if output.features is None else output.features[: len(tokens)]
         self.drafter.observe(seq, tokens, features)
 
@@ -264,24 +266,45 @@ class Engine:
 
 
 class _Clock:
-    """Splits a round into passes and overhead: native time of the target is `verify`, the drafter's call is `draft`."""
+    """Splits a round into passes and overhead: native time of the target is `verify`, the drafter's call is `draft`.
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._native = target.native_ms
-        self._began = self._last = time.perf_counter()
+    Features that the drafter took in only now, because it was parked before, count as `inject`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._native, self._delayed = self._counters()
+        self._began = self._last = engine.clock()
         self._laps: dict[str, float] = {}
 
+    def _counters(self) -> tuple[float, float]:
+        drafter = self._engine.drafter
+        return self._engine.target.native_ms, drafter.inject_ms if drafter is not None else 0.0
+
     def lap(self, name: str) -> None:
-        now = time.perf_counter()
+        now = self._engine.clock()
         self._laps[name] = (now - self._last) * 1e3
         self._last = now
 
     def times(self, inject_ms: float) -> Times:
-        total = (time.perf_counter() - self._began) * 1e3
-        verify = self._target.native_ms - self._native
-        draft = self._laps["draft"]
-        return Times(draft=draft, verify=verify, inject=inject_ms, own=max(0.0, total - draft - verify - inject_ms))
+        total = (self._engine.clock() - self._began) * 1e3
+        native, delayed = self._counters()
+        verify, delayed = native - self._native, delayed - self._delayed
+        draft = max(0.0, self._laps["draft"] - delayed)
+        inject = inject_ms + delayed
+        return Times(draft, verify, inject, own=max(0.0, total - draft - verify - inject))
+
+
+def judge(proposal: Draft, verified: int, accepted: int, bonus: int) -> Outcome:
+    """What is known of a proposal after its round.
+
+    The bonus token follows an accepted prefix: if that ends before the (deterministic) proposal does, it tells for free
+    whether the next token would have been kept. A sampled one would be kept by another rule: nothing is known of it.
+    """
+    judged, kept = verified, accepted
+    if accepted == verified < len(proposal) and proposal.probs is None:
+        judged, kept = verified + 1, accepted + (int(proposal.tokens[verified]) == bonus)
+    return Outcome(proposal, verified, accepted, judged, kept)
 
 
 def _margins(logits: FloatArray, count: int) -> tuple[float, ...]:

@@ -10,38 +10,55 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dspark_cli.backends.base import BadInput, Draft
+import numpy as np
 
-ALLOWED = "off, fixed:N (N = tokens verified per round), threshold:P (P = lowest confidence, 0 to 1)"
+from dspark_cli.backends.base import BadInput, Draft
+from dspark_cli.engine.rounds import Times
+
+ALLOWED = "auto, off, fixed:N (N = tokens verified per round), threshold:P (P = lowest confidence, 0 to 1)"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one round of one sequence, for schedules that learn. `times_ms` of the whole (shared) pass."""
+    """What became of one sequence's draft in a round, for schedules that learn.
+
+    verified: tokens the target checked;  accepted: how many of them it kept
+    judged:   positions whose fate is known: the verified ones, and for a deterministic draft also the next one, since
+              the bonus token says whether it would have been kept;  kept: how many of the judged ones were right
+    """
 
     draft: Draft
     verified: int
     accepted: int
-    shared: int
-    draft_ms: float
-    verify_ms: float
+    judged: int
+    kept: int
 
 
 class Schedule(ABC):
-    """A policy over R >= 1 sequences that share one verify pass."""
+    """A policy over R >= 1 sequences that share one verify pass.
+
+    Per round: `block`, then `passes` where the drafter has a pass, `choose` once the drafts are there, `observe` at the end.
+    """
 
     name: str
 
     @abstractmethod
-    def block(self, limits: Sequence[int]) -> list[int]:
-        """Tokens to draft per sequence, at most `limits` (what context, budget and drafter allow). 0 skips the drafter."""
+    def block(self, limits: Sequence[int], depth: float) -> list[int]:
+        """Tokens to draft per sequence, at most `limits` (what context, budget and drafter allow). 0 skips the drafter.
+
+        depth: mean number of tokens in the sequences' caches.
+        """
+
+    def passes(self, blocks: Sequence[int], quick: Sequence[Draft]) -> list[int]:
+        """Tokens to draft by the drafter's own pass, instead of taking the `quick` draft; 0 = take that."""
+        return [0 if likely(draft, block) else block for block, draft in zip(blocks, quick, strict=True)]
 
     @abstractmethod
     def choose(self, drafts: Sequence[Draft]) -> list[int]:
         """Tokens to verify of each draft."""
 
-    def observe(self, outcomes: Sequence[Outcome]) -> None:  # noqa: B027  (fixed policies do not learn)
-        """What the round brought, after it ended."""
+    def observe(self, outcomes: Sequence[Outcome], times: Times) -> None:  # noqa: B027  (fixed policies do not learn)
+        """What the round brought and what it cost (the shared passes of all sequences), after it ended."""
 
     @property
     def parked(self) -> str | None:
@@ -49,12 +66,17 @@ class Schedule(ABC):
         return None
 
 
+def likely(draft: Draft, block: int) -> bool:
+    """Whether the whole of a draft is more likely right than not."""
+    return len(draft) > 0 and draft.confidence is not None and float(np.prod(draft.confidence[:block])) >= 0.5
+
+
 class Off(Schedule):
     """Plain decoding."""
 
     name = "off"
 
-    def block(self, limits: Sequence[int]) -> list[int]:
+    def block(self, limits: Sequence[int], depth: float) -> list[int]:
         return [0 for _ in limits]
 
     def choose(self, drafts: Sequence[Draft]) -> list[int]:
@@ -71,7 +93,7 @@ class Fixed(Schedule):
     def name(self) -> str:  # type: ignore[override]
         return f"fixed:{self.length}"
 
-    def block(self, limits: Sequence[int]) -> list[int]:
+    def block(self, limits: Sequence[int], depth: float) -> list[int]:
         return [min(limit, self.length) for limit in limits]
 
     def choose(self, drafts: Sequence[Draft]) -> list[int]:
@@ -88,7 +110,7 @@ class Threshold(Schedule):
     def name(self) -> str:  # type: ignore[override]
         return f"threshold:{self.lowest:g}"
 
-    def block(self, limits: Sequence[int]) -> list[int]:
+    def block(self, limits: Sequence[int], depth: float) -> list[int]:
         return list(limits)
 
     def choose(self, drafts: Sequence[Draft]) -> list[int]:
@@ -101,9 +123,13 @@ class Threshold(Schedule):
 
 
 def parse_policy(text: str) -> Schedule:
-    """A schedule from `off`, `fixed:N` or `threshold:P`. Raises BadInput that says what is allowed."""
+    """A schedule from `auto`, `off`, `fixed:N` or `threshold:P`. Raises BadInput that says what is allowed."""
     name, _, value = text.partition(":")
     try:
+        if name == "auto" and not value:
+            from dspark_cli.engine.auto import AutoSchedule  # which builds on this file
+
+            return AutoSchedule()
         if name == "off" and not value:
             return Off()
         if name == "fixed" and int(value) >= 1:

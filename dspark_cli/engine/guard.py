@@ -1,0 +1,79 @@
+"""Never slower: speculation that does not pay is parked, and probed again ever more rarely.
+
+Gains are counted in tokens of plain decoding: a round that brought 2 tokens in the time of 1.5 plain ones gained 0.5. Two
+accounts are kept. `expected` takes the tokens that calibrated confidences promise: little noise, so it may park soon.
+`observed` takes the tokens that came: much noise, so it is given more patience, and catches what confidences hide.
+Everything rests on rounds that are over, so the guard cannot bias the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+FADE = 0.97  # share of an account that lasts to the next round
+
+
+@dataclass
+class Guard:
+    """Whether to speculate, from what it brought.
+
+    first_wait: rounds parked after the first failure; doubles with each probe that fails, up to `longest_wait`
+    patience:   tokens an account may lose before parking, expected and observed; a probe has `probe_share` of it
+    trusted:    whether earlier runs showed that it pays; otherwise the first rounds are a probe too
+    """
+
+    first_wait: int = 20
+    longest_wait: int = 320
+    patience: tuple[float, float] = (1.2, 3.0)
+    probe_share: float = 0.25
+    trusted: bool = False
+    active: bool = True
+    reason: str = ""
+    _expected: float = 0.0
+    _observed: float = 0.0
+    _probing: bool = False
+    _wait: int = 0
+    _left: int = 0
+    _tokens: float = field(default=0.0)
+    _cost: float = field(default=0.0)
+
+    def __post_init__(self) -> None:
+        if self.trusted:
+            self.first_wait, self.probe_share = max(1, self.first_wait // 2), 2 * self.probe_share
+        self._probing = not self.trusted
+        self._wait = self.first_wait
+
+    def skipped(self) -> None:
+        """A round went by without speculating. After enough of them the next one is a probe."""
+        if self.active:
+            return
+        self._left -= 1
+        if self._left <= 0:
+            self.active, self._probing = True, True
+            self._expected = self._observed = self._tokens = self._cost = 0.0
+
+    def observe(self, expected: float, observed: float, cost: float) -> None:
+        """A speculating round cost as much as `cost` plain tokens; it promised `expected` tokens and brought `observed`."""
+        if not self.active:
+            return
+        self._tokens = self._tokens * FADE + expected
+        self._cost = self._cost * FADE + cost
+        share = self.probe_share if self._probing else 1.0
+        soon, late = self.patience[0] * share, self.patience[1] * share
+        # Past gains must not hide a loss for long: an account holds no more than it may lose.
+        self._expected = min(self._expected * FADE + expected - cost, soon)
+        self._observed = min(self._observed * FADE + observed - cost, late)
+        if self._expected < -soon and self._observed < 0.0:  # what came may refute a belief that is too low
+            self.park(self._tokens / self._cost, "expected")
+        elif self._observed < -late:
+            self.park(max(0.0, 1.0 + self._observed / self._cost), "observed")
+        elif self._probing and self._expected >= soon and self._observed >= 0.0:
+            self._probing, self._wait = False, self.first_wait
+
+    def park(self, rate: float, how: str) -> None:
+        """Stop speculating. `rate`: speed over plain decoding;  `how`: "expected" or "observed"."""
+        self.active = self._probing = False
+        self.reason = f"{rate:.2f}x {how}"
+        self._left = self._wait
+        self._wait = min(2 * self._wait, self.longest_wait)
+        self._expected = self._observed = 0.0
