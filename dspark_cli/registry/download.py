@@ -149,10 +149,7 @@ def _bring(store: _Store, file: RemoteFile, report: Report, verify: bool) -> Pat
         report.advance(file.name, -file.size)
         _remove(pointer, store.blob(file))
     if hub.offline():
-        raise NotReady(
-            f"{store.listing.repository}: {file.name} is not on this machine, and the network is switched off",
-            hint="without --offline, and with HF_HUB_OFFLINE unset",
-        )
+        raise hub.switched_off(f"{store.listing.repository}: {file.name}")
     from huggingface_hub.utils import WeakFileLock
 
     blob = store.blob(file)

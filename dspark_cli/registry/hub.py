@@ -227,6 +227,13 @@ def explain(error: Exception, what: str) -> Exception:
     return error
 
 
+def switched_off(what: str) -> NotReady:
+    return NotReady(
+        f"{what} is not on this machine, and the network is switched off",
+        hint="without --offline, and with HF_HUB_OFFLINE unset",
+    )
+
+
 def known_quant(quant: str) -> str:
     """`quant` in capitals. Raises BadInput for a format nobody knows."""
     if quant.upper() not in BITS:

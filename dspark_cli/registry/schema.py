@@ -89,6 +89,7 @@ class Entry(_Table):
     n_ff:        widest feed-forward layer (of one expert); n_active: parameters a token uses, of mixtures of experts
     gguf_files:  quant -> file; where empty, the repository's own listing decides
     thinking:    "optional" (its chat template has the switch), "always" or None
+    sibling:     a similar target that has a drafter of its own, for targets that have none
     unconfirmed: keys of this table that no public page confirms
     """
 
@@ -114,6 +115,7 @@ class Entry(_Table):
     gguf_mirrors: tuple[Repository, ...] = ()
     gguf_files: dict[str, GgufFile] = Field(default_factory=dict)
     note: str | None = None
+    sibling: str | None = None
     source: str = ""
     unconfirmed: tuple[str, ...] = ()
     drafter: tuple[KnownDrafter, ...] = ()

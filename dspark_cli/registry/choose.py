@@ -1,0 +1,284 @@
+"""Which files of a target, which drafter, which backend and device: one pure function over plain facts.
+
+The order of preference:
+1. the whole pair on an accelerator: the full-precision checkpoint where torch drives it, else the best quant (Q8_0 at most);
+2. more than half of the layers on an accelerator, the rest in memory;
+3. the CPU: memory bandwidth decides there, so about four bits first, more bits only when nothing else is published.
+What is on this disk goes before what would have to be downloaded. The drafter is in every plan; only where no quant fits
+with it, the best one without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
+from dspark_cli.registry.plan import Device, DrafterSize, MemoryPlan, PlanOptions, make_plan, size
+from dspark_cli.registry.quants import FULL_PRECISION, USUAL, rank
+from dspark_cli.registry.schema import Entry, KnownDrafter
+
+#: on a CPU, first to last
+CPU_ORDER = ("Q4_K_M", "Q4_0", "Q4_1", "Q4_K_S", "IQ4_XS", "Q5_K_M", "Q3_K_M", "Q6_K", "Q8_0", "Q2_K", "F16")
+#: --backend words that are kinds of devices
+DEVICE_KINDS = ("cuda", "rocm", "metal", "vulkan", "cpu")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the choice must know of a machine. accelerators: best first; torch: whether torch can be imported."""
+
+    cpu: Device
+    accelerators: tuple[Device, ...] = ()
+    torch: bool = False
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for. here: quants of the target on this disk ("BF16" = its checkpoint)."""
+
+    quant: str | None = None
+    backend: str = "auto"
+    drafter: str = "auto"
+    options: PlanOptions = field(default_factory=PlanOptions)
+    here: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What to load.
+
+    format:  gguf or safetensors; quant: of the target
+    drafter: the model drafter; None = lookup alone
+    notes:   what the user should know: what was left out and why, and what would change it
+    """
+
+    entry: Entry
+    backend: str
+    format: str
+    quant: str
+    repository: str | None
+    file: str | None
+    drafter: KnownDrafter | None
+    plan: MemoryPlan
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    device: Device
+    backend: str
+    format: str
+    quant: str
+
+
+def choose(entry: Entry, machine: Machine, wish: Wish | None = None) -> Resolution:
+    """The best pair of `entry` for `machine`. Raises NotReady with the numbers when nothing fits."""
+    wish = wish or Wish()
+    candidates = _candidates(entry, machine, wish)
+    if not candidates:
+        raise _no_candidate(entry, machine, wish)
+    drafter, notes = _drafter(entry, machine, wish)
+    tries = [drafter, None] if drafter is not None and wish.drafter == "auto" else [drafter]
+    for attempt in tries:
+        for whole in (True, False):
+            for candidate in candidates:
+                plan = _plan(entry, candidate, attempt, machine, wish)
+                if plan.fits and _placed(plan, whole=whole):
+                    left_out = () if attempt is drafter else (_left_out(drafter),)
+                    return _resolution(entry, candidate, attempt, plan, (*notes, *left_out, *plan.notes))
+    raise _too_small(entry, candidates, drafter, machine, wish)
+
+
+def fitting(entry: Entry, machine: Machine) -> dict[str, MemoryPlan]:
+    """Every quant that fits with the drafter it would get, with its plan; best first. For `dspark models`."""
+    here = tuple(entry.gguf_files)
+    found = {}
+    for quant in sorted({*quants(entry), *((FULL_PRECISION,) if entry.safetensors else ())}, key=rank):
+        try:
+            found[quant] = choose(entry, machine, Wish(quant=quant, here=here)).plan
+        except DsparkError:
+            continue
+    return found
+
+
+def quants(entry: Entry) -> list[str]:
+    """Quants of its GGUF files: as listed; the usual ones where the repository's listing was not read yet."""
+    if entry.gguf_files:
+        return sorted(entry.gguf_files, key=rank)
+    return list(USUAL) if entry.gguf else []
+
+
+def _candidates(entry: Entry, machine: Machine, wish: Wish) -> list[_Candidate]:
+    """Everything that could be loaded, in order of preference."""
+    return [
+        candidate
+        for device in (*machine.accelerators, machine.cpu)
+        if wish.backend in ("auto", "llamacpp", device.kind)
+        for candidate in _on(device, entry, wish)
+    ]
+
+
+def _on(device: Device, entry: Entry, wish: Wish) -> Iterator[_Candidate]:
+    found: list[_Candidate] = []
+    listed = sorted({*quants(entry), *(q for q in wish.here if q != FULL_PRECISION)}, key=_preference(device))
+    if entry.safetensors and "torch" in device.runs and device.kind != "cpu" and wish.backend != "llamacpp":
+        found.append(_Candidate(device, "torch", "safetensors", FULL_PRECISION))
+    if "llamacpp" in device.runs:
+        found += [_Candidate(device, "llamacpp", "gguf", quant) for quant in listed]
+    if wish.quant is not None:
+        found = [candidate for candidate in found if candidate.quant == wish.quant]
+    # what is here goes first; sorted() keeps the order within both groups
+    return iter(sorted(found, key=lambda candidate: candidate.quant not in wish.here))
+
+
+def _preference(device: Device):  # type: ignore[no-untyped-def]
+    if device.kind == "cpu":
+        return lambda quant: CPU_ORDER.index(quant) if quant in CPU_ORDER else len(CPU_ORDER) + rank(quant)
+    # F16 and F32 files cost twice what Q8_0 does for no visible gain: last
+    return lambda quant: (quant in ("F32", "F16", "BF16"), rank(quant))
+
+
+def _drafter(entry: Entry, machine: Machine, wish: Wish) -> tuple[KnownDrafter | None, list[str]]:
+    """The drafter this machine can run, with what there is to say about it."""
+    notes = [] if _has_block_drafter(entry) or wish.drafter == "none" else [no_block_drafter(entry)]
+    if wish.drafter in ("none", "lookup") or wish.drafter not in ("auto", "dspark", "dflash", "eagle3", "small"):
+        return None, notes  # a path is looked at when it is loaded
+    for drafter in entry.drafter:
+        if not drafter.usable or wish.drafter not in ("auto", drafter.kind):
+            continue
+        if drafter.builtin and drafter.path is None:
+            continue
+        if drafter.format == "safetensors" and not machine.torch:
+            if not any("needs torch" in note for note in notes):
+                notes.append(f"{drafter.repository} needs torch: pip install 'dspark[torch]'")
+            continue
+        return drafter, notes
+    if wish.drafter != "auto":
+        known = ", ".join(dict.fromkeys(d.kind for d in entry.drafter if d.usable)) or "none but lookup"
+        needs = f" ({notes[-1]})" if notes else ""
+        raise BadInput(
+            f"no {wish.drafter} drafter is known for {entry.name}; known: {known}{needs}",
+            hint="--drafter lookup, or --drafter PATH",
+        )
+    return None, notes
+
+
+def _has_block_drafter(entry: Entry) -> bool:
+    return any(drafter.kind != "small" for drafter in entry.drafter)
+
+
+def no_block_drafter(entry: Entry) -> str:
+    """The plain statement that a target has no drafter of its own, and what would change that."""
+    small = next((drafter.repository for drafter in entry.drafter if drafter.kind == "small"), None)
+    instead = f"it drafts with {small} and lookup" if small else "it drafts by lookup"
+    relative = f"; {entry.sibling} has one" if entry.sibling else ""
+    return (
+        f"no DSpark drafter is published for {entry.name}: {instead}. "
+        f"What would change that: `dspark train {entry.name}` makes one{relative}"
+    )
+
+
+def _plan(
+    entry: Entry, candidate: _Candidate, drafter: KnownDrafter | None, machine: Machine, wish: Wish
+) -> MemoryPlan:
+    options = wish.options
+    beside = entry.drafter_size(drafter) if drafter is not None else LOOKUP
+    target = entry.size_at(candidate.quant)
+    if options.ctx and entry.context and options.ctx > entry.context:
+        raise BadInput(f"--ctx {options.ctx} is more than the {entry.context} tokens {entry.name} was trained on")
+    return make_plan(candidate.device, candidate.backend, target, beside, options, host_free=machine.cpu.usable)
+
+
+LOOKUP = DrafterSize("lookup", weights=0, n_layer=0, n_embd=0, n_vocab=0, kv_values=0)
+
+
+def _placed(plan: MemoryPlan, *, whole: bool) -> bool:
+    """Whether the plan is good enough for this pass over the candidates."""
+    if plan.device.kind == "cpu":
+        return not whole
+    if plan.gpu_layers > plan.n_layer:
+        return True
+    return not whole and plan.gpu_layers > plan.n_layer // 2
+
+
+def _resolution(
+    entry: Entry, candidate: _Candidate, drafter: KnownDrafter | None, plan: MemoryPlan, notes: Sequence[str]
+) -> Resolution:
+    if candidate.format == "safetensors":
+        repository, file = entry.safetensors, None
+    else:
+        listed = entry.gguf_files.get(candidate.quant)
+        repository, file = entry.gguf, listed.file if listed else None
+    if not entry.shape_known:
+        notes = (
+            *notes,
+            f"the shape of {entry.name} is not in models.toml: the plan is an estimate until its file is here",
+        )
+    return Resolution(
+        entry, candidate.backend, candidate.format, candidate.quant, repository, file, drafter, plan, tuple(notes)
+    )
+
+
+def _left_out(drafter: KnownDrafter | None) -> str:
+    name = drafter.repository or drafter.builtin if drafter else ""
+    return f"the drafter {name} does not fit beside the target: drafting by lookup alone"
+
+
+def _no_candidate(entry: Entry, machine: Machine, wish: Wish) -> DsparkError:
+    kinds = ", ".join(dict.fromkeys(device.kind for device in (*machine.accelerators, machine.cpu)))
+    if wish.backend in DEVICE_KINDS and not any(
+        device.kind == wish.backend for device in (*machine.accelerators, machine.cpu)
+    ):
+        return NotReady(
+            f"this machine has no {wish.backend} device that dspark can use; it has {kinds}", hint="dspark doctor"
+        )
+    have = [*quants(entry), *([FULL_PRECISION] if entry.safetensors else [])]
+    if wish.quant is not None and wish.quant not in have:
+        return NotReady(
+            f"{entry.name} is published as {', '.join(have)}, not as {wish.quant}", hint=f"--quant {have[0]}"
+        )
+    return NotReady(
+        f"{entry.name} is published in full precision only ({entry.safetensors}), which needs torch on an accelerator",
+        hint=f"a GGUF of it made by somebody you trust: dspark generate owner/repository, or a path; here: {kinds}",
+    )
+
+
+def _too_small(
+    entry: Entry, candidates: Sequence[_Candidate], drafter: KnownDrafter | None, machine: Machine, wish: Wish
+) -> NotReady:
+    """The numbers of the smallest that was tried, and the largest thing that would fit."""
+    plans = [_plan(entry, candidate, None, machine, wish) for candidate in candidates]
+    smallest = min(plans, key=lambda plan: plan.total)
+    quant = candidates[plans.index(smallest)].quant
+    text = (
+        f"{entry.name} at {quant} with {smallest.ctx} tokens of context needs {size(smallest.total)}, "
+        f"{smallest.device.name} can give {size(smallest.device.usable)} of its {size(smallest.device.total)}"
+    )
+    return NotReady(text, hint=_largest_that_fits(entry, machine, wish))
+
+
+def _largest_that_fits(entry: Entry, machine: Machine, wish: Wish) -> str:
+    """The nearest wish that can be served: a shorter context, another quant, else a smaller model's size."""
+    looser = []
+    if wish.options.ctx:
+        looser += [replace(wish, options=replace(wish.options, ctx=c)) for c in _halved(wish.options.ctx)]
+    if wish.quant or wish.backend != "auto" or wish.options.gpu_layers is not None:
+        free = replace(wish, quant=None, backend="auto", options=replace(wish.options, gpu_layers=None))
+        looser += [free, replace(free, options=replace(free.options, ctx=None))]
+    for other in looser:
+        try:
+            found = choose(entry, machine, other)
+        except DsparkError:
+            continue
+        return f"--quant {found.quant} --ctx {found.plan.ctx} fits ({found.plan.device.name})"
+    best = max((device.usable for device in (*machine.accelerators, machine.cpu)), default=0)
+    return f"a model of at most about {best / 0.7e9:.0f}B parameters at Q4_K_M; `dspark models` says what fits"
+
+
+def _halved(ctx: int) -> list[int]:
+    found = []
+    while ctx > 512:
+        ctx //= 2
+        found.append(ctx)
+    return found
