@@ -1,6 +1,7 @@
-"""The tensor list of a GGUF file, and single tensors of it.
+"""Metadata and tensor list of a GGUF file, and single tensors of it, without loading it.
 
-gguf.GGUFReader takes seconds on the 100 000 strings of a vocabulary; this skips them, as only tensors are wanted here.
+gguf.GGUFReader takes seconds on the 100 000 strings of a vocabulary; this skips them. Every size is checked against the
+file before it is used, so a damaged or hostile header is refused before anything is allocated for it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import numpy.typing as npt
 
 from dspark_cli.backends.base import DsparkError, FloatArray
 
-_STRING, _ARRAY, _UINT32 = 8, 9, 4
-#: bytes of a scalar metadata value, by its type number
-_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_STRING, _ARRAY = 8, 9
+#: struct letters of scalar metadata values, by their type number
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+#: arrays up to this length are kept (layer lists, heads per layer); longer ones are vocabularies
+_KEPT = 4096
+_MOST_TENSORS, _MOST_VALUES = 1 << 20, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,34 @@ class TensorInfo:
     kind: int
     offset: int
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the data. Raises DsparkError for a type that gguf does not know."""
+        import gguf
+
+        try:
+            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self.kind)]
+        except (ValueError, KeyError):
+            raise DsparkError(f"unknown tensor type {self.kind}") from None
+        return prod(self.shape) // block * size
+
+
+@dataclass(frozen=True)
+class Header:
+    """metadata: scalars, strings and short arrays by key; counts: length of every array, kept or not."""
+
+    metadata: dict[str, Any]
+    counts: dict[str, int]
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture", ""))
+
+    def of_model(self, key: str, default: Any = None) -> Any:
+        """A value of the model's own architecture: `of_model("block_count")` is "llama.block_count"."""
+        return self.metadata.get(f"{self.architecture}.{key}", default)
+
 
 class _Cursor:
     """Walks through a GGUF header."""
@@ -37,30 +69,36 @@ class _Cursor:
         self._data = data
         self.at = 8  # magic and version
 
-    def number(self, form: str) -> int:
+    def number(self, form: str) -> Any:
         (value,) = struct.unpack_from("<" + form, self._data, self.at)
         self.at += struct.calcsize("<" + form)
-        return int(value)
+        return value
 
     def string(self) -> bytes:
         size = self.number("Q")
+        if size > len(self._data) - self.at:
+            raise ValueError(f"a string of {size} bytes")
         self.at += size
         return bytes(self._data[self.at - size : self.at])
 
-    def skip(self, kind: int) -> None:
+    def value(self, kind: int) -> tuple[Any, int | None]:
+        """(value, None), or for arrays (list if short else None, length)."""
         if kind in _SCALARS:
-            self.at += _SCALARS[kind]
-        elif kind == _STRING:
-            self._skip_strings(1)
+            return self.number(_SCALARS[kind]), None
+        if kind == _STRING:
+            return self.string().decode("utf-8", errors="replace"), None
+        if kind != _ARRAY:
+            raise ValueError(f"a value of type {kind}")
+        inner, count = self.number("I"), self.number("Q")
+        if count > len(self._data) - self.at:
+            raise ValueError(f"an array of {count} values")
+        if count <= _KEPT:
+            return [self.value(inner)[0] for _ in range(count)], count
+        if inner == _STRING:
+            self._skip_strings(count)
         else:
-            inner, count = self.number("I"), self.number("Q")
-            if inner == _STRING:
-                self._skip_strings(count)
-            elif inner == _ARRAY:
-                for _ in range(count):
-                    self.skip(_ARRAY)
-            else:
-                self.at += _SCALARS[inner] * count
+            self.at += struct.calcsize("<" + _SCALARS[inner]) * count
+        return None, count
 
     def _skip_strings(self, count: int) -> None:
         data, at, size = self._data, self.at, struct.Struct("<Q")
@@ -69,31 +107,69 @@ class _Cursor:
         self.at = at
 
 
+def read_header(path: Path) -> Header:
+    """Metadata and tensors of the file. Raises DsparkError for a header that is damaged or claims more than the file has."""
+    try:
+        data = memoryview(np.memmap(path, dtype=np.uint8, mode="r").data)
+        header = _read(_Cursor(data))
+        _check_extent(header, len(data))
+    except OSError as error:
+        raise DsparkError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (
+        struct.error,
+        KeyError,
+        UnicodeDecodeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+        DsparkError,
+    ) as error:
+        reason = f": {error}" if str(error) and not isinstance(error, struct.error) else ""
+        raise DsparkError(f"{path} has a damaged GGUF header{reason}", hint="download it again") from None
+    return header
+
+
 def tensor_infos(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of the file by name. Raises DsparkError for a header that cannot be read to its end."""
-    try:
-        cursor = _Cursor(memoryview(np.memmap(path, dtype=np.uint8, mode="r").data))
-        return _read(cursor)
-    except (struct.error, KeyError, UnicodeDecodeError, ValueError):
-        raise DsparkError(f"{path} has a damaged GGUF header") from None
+    return read_header(path).tensors
 
 
-def _read(cursor: _Cursor) -> dict[str, TensorInfo]:
+def _read(cursor: _Cursor) -> Header:
     n_tensors, n_values = cursor.number("Q"), cursor.number("Q")
-    alignment = 32
+    if n_tensors > _MOST_TENSORS or n_values > _MOST_VALUES:
+        raise ValueError(f"{n_tensors} tensors and {n_values} metadata values")
+    metadata: dict[str, Any] = {}
+    counts: dict[str, int] = {}
     for _ in range(n_values):
-        key, kind = cursor.string(), cursor.number("I")
-        if key == b"general.alignment" and kind == _UINT32:
-            alignment = cursor.number("I")
-        else:
-            cursor.skip(kind)
+        key = cursor.string().decode("utf-8")
+        value, count = cursor.value(cursor.number("I"))
+        if count is not None:
+            counts[key] = count
+        if value is not None:
+            metadata[key] = value
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"an alignment of {alignment!r}")
     found = []
     for _ in range(n_tensors):
         name = cursor.string().decode("utf-8")
-        shape = tuple(cursor.number("Q") for _ in range(cursor.number("I")))[::-1]
+        n_dims = cursor.number("I")
+        if n_dims > 4:
+            raise ValueError(f"tensor {name} with {n_dims} dimensions")
+        shape = tuple(cursor.number("Q") for _ in range(n_dims))[::-1]
         found.append((name, shape, cursor.number("I"), cursor.number("Q")))
     begin = -(-cursor.at // alignment) * alignment
-    return {name: TensorInfo(shape, kind, begin + offset) for name, shape, kind, offset in found}
+    tensors = {name: TensorInfo(shape, kind, begin + offset) for name, shape, kind, offset in found}
+    return Header(metadata, counts, tensors)
+
+
+def _check_extent(header: Header, n_bytes: int) -> None:
+    for name, info in header.tensors.items():
+        if info.offset + info.n_bytes > n_bytes:
+            shape = "x".join(map(str, info.shape))
+            raise ValueError(
+                f"tensor {name} ({shape}) would end at byte {info.offset + info.n_bytes}, the file has {n_bytes}"
+            )
 
 
 def read_tensor(path: Path, info: TensorInfo) -> npt.NDArray[Any]:
@@ -101,9 +177,7 @@ def read_tensor(path: Path, info: TensorInfo) -> npt.NDArray[Any]:
     import gguf
 
     kind = gguf.GGMLQuantizationType(info.kind)
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    n_bytes = prod(info.shape) // block * size
-    raw = np.fromfile(path, dtype=np.uint8, count=n_bytes, offset=info.offset)
+    raw = np.fromfile(path, dtype=np.uint8, count=info.n_bytes, offset=info.offset)
     if kind == gguf.GGMLQuantizationType.I64:
         return raw.view(np.int64).reshape(info.shape)
     rows = raw.reshape(*info.shape[:-1], -1)

@@ -1,0 +1,109 @@
+"""What this machine can put weights on: ggml's devices, torch's, and ordinary memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import subprocess
+import sys
+
+from dspark_cli.registry.choose import Machine
+from dspark_cli.registry.plan import Device
+
+_KINDS = (
+    ("CUDA", "cuda"),
+    ("ROCm", "rocm"),
+    ("HIP", "rocm"),
+    ("Metal", "metal"),
+    ("MTL", "metal"),
+    ("Vulkan", "vulkan"),
+)
+
+
+def this_machine() -> Machine:
+    """Devices with what is free on them now. A library that is missing or broken only means fewer devices."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    cpu = Device("cpu", "cpu", memory.total, memory.available, ("llamacpp",))
+    torch_devices, torch_works = _torch_devices()
+    return Machine(cpu, _merged(_ggml_devices(), torch_devices), torch_works)
+
+
+def _ggml_devices() -> list[Device]:
+    try:
+        from dspark_cli.backends.llamacpp.native import devices
+    except (ImportError, OSError, RuntimeError):
+        return []
+    found = []
+    for facts in devices():
+        kind = next((kind for begin, kind in _KINDS if facts["name"].startswith(begin)), None)
+        if kind is not None:
+            unified = kind == "metal"
+            found.append(Device(facts["name"], kind, facts["total_bytes"], facts["free_bytes"], ("llamacpp",), unified))
+    return found
+
+
+def _torch_devices() -> tuple[list[Device], bool]:
+    """(devices, whether torch works). torch takes seconds to import: only where it could bring a device is it asked."""
+    if importlib.util.find_spec("torch") is None:
+        return [], False
+    if "torch" not in sys.modules and not _may_have_accelerator():
+        return [], torch_problem() is None
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            kind = "rocm" if torch.version.hip else "cuda"
+            found = []
+            for index in range(torch.cuda.device_count()):
+                free, total = torch.cuda.mem_get_info(index)
+                found.append(Device(f"{'ROCm' if kind == 'rocm' else 'CUDA'}{index}", kind, total, free, ("torch",)))
+            return found, True
+        if torch.backends.mps.is_available():
+            total = int(torch.mps.recommended_max_memory())
+            free = max(0, total - int(torch.mps.driver_allocated_memory()))
+            return [Device("Metal", "metal", total, free, ("torch",), unified=True)], True
+    except Exception:  # a half-installed torch fails in many ways; `doctor` says which
+        return [], False
+    return [], True
+
+
+def torch_problem() -> str | None:
+    """Why torch cannot be imported, in one line; None if it can, or is not installed. Asked in a process of its own."""
+    if importlib.util.find_spec("torch") is None or "torch" in sys.modules:
+        return None
+    code = "import torch, sys; torch.ones(1).sum().item()"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"python ended with {done.returncode}"
+
+
+def _may_have_accelerator() -> bool:
+    import shutil
+    from pathlib import Path
+
+    if platform.system() == "Darwin":
+        return platform.machine() == "arm64"
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+    return any(Path(path).exists() for path in drivers) or shutil.which("nvidia-smi") is not None
+
+
+def _merged(ggml: list[Device], torch: list[Device]) -> tuple[Device, ...]:
+    """One entry a physical device: the n-th of a kind is the same for both libraries."""
+    from dataclasses import replace
+
+    found = list(ggml)
+    for device in torch:
+        same = [i for i, other in enumerate(found) if other.kind == device.kind and "torch" not in other.runs]
+        if same:
+            other = found[same[0]]
+            found[same[0]] = replace(other, free=min(other.free, device.free), runs=("llamacpp", "torch"))
+        else:
+            found.append(device)
+    return tuple(sorted(found, key=lambda device: -device.free))

@@ -1,0 +1,129 @@
+"""What the memory plan must know, read from files that are here: GGUF headers, config.json. Nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dspark_cli.backends.errors import DsparkError
+from dspark_cli.backends.gguf_file import check_file
+from dspark_cli.registry.plan import DrafterSize, TargetSize
+from dspark_cli.registry.quants import parts_of
+
+
+def target_size(path: Path) -> TargetSize:
+    """Of a GGUF file (the first part of a split one) or a checkpoint folder. Raises DsparkError when unreadable."""
+    return _checkpoint_size(path) if path.is_dir() else _gguf_size(path)
+
+
+def drafter_size(path: Path, target: TargetSize) -> DrafterSize:
+    """Of a drafter GGUF, a small model's GGUF, or a drafter's checkpoint folder."""
+    if path.is_dir():
+        return _checkpoint_drafter(path, target)
+    from dspark_cli.backends.llamacpp.header import read_header
+
+    header = read_header(check_file(path))
+    if header.architecture != "dflash":
+        small = _gguf_size(path)
+        return DrafterSize(
+            "small", small.weights, small.n_layer, small.n_embd, small.n_vocab, small.kv_values, small.n_ff
+        )
+    own = _gguf_size(path)
+    markov = "markov_w1.weight" in header.tensors
+    layers = header.of_model("target_layers", [])
+    return DrafterSize(
+        kind="dspark" if markov else "dflash",
+        weights=own.weights,
+        n_layer=own.n_layer,
+        n_embd=own.n_embd,
+        n_vocab=target.n_vocab,
+        kv_values=own.kv_values,
+        n_ff=own.n_ff,
+        block_size=int(header.of_model("block_size", 16)),
+        features=len(layers) * target.n_embd,
+    )
+
+
+def _gguf_size(path: Path) -> TargetSize:
+    from dspark_cli.backends.llamacpp.header import read_header
+
+    header = read_header(check_file(path))
+    layers = _number(header.of_model("block_count"), f"{path.name} says nothing about its layers")
+    n_embd = _number(header.of_model("embedding_length"), f"{path.name} says nothing about its width")
+    heads = _per_layer(header.of_model("attention.head_count"), layers, 1)
+    kv_heads = _per_layer(header.of_model("attention.head_count_kv"), layers, max(heads))
+    key = header.of_model("attention.key_length") or n_embd // max(1, *heads)
+    value = header.of_model("attention.value_length") or key
+    embedding = header.tensors.get("token_embd.weight")
+    vocabulary = header.counts.get("tokenizer.ggml.tokens") or (embedding.shape[0] if embedding else 0)
+    return TargetSize(
+        weights=sum((path.parent / part).stat().st_size for part in parts_of(path.name)),
+        n_layer=layers,
+        n_embd=n_embd,
+        n_vocab=vocabulary,
+        kv_values=sum(kv_heads) * (int(key) + int(value)),
+        n_ff=max(_per_layer(header.of_model("feed_forward_length"), layers, 4 * n_embd)),
+        n_ctx_train=int(header.of_model("context_length") or 4096),
+    )
+
+
+def _number(value: Any, complaint: str) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise DsparkError(complaint)
+    return value
+
+
+def _per_layer(value: Any, layers: int, default: int) -> list[int]:
+    if isinstance(value, list) and value:
+        return [int(item) for item in value]
+    return [int(value) if value else default] * layers
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DsparkError(f"{folder}/config.json cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise DsparkError(f"{folder}/config.json is not a JSON object")
+    nested = raw.get("text_config") or raw.get("transformer_layer_config")
+    return {**raw, **nested} if isinstance(nested, dict) else raw
+
+
+def _checkpoint_size(folder: Path) -> TargetSize:
+    raw = _config(folder)
+    layers = _number(raw.get("num_hidden_layers"), f"{folder}/config.json has no num_hidden_layers")
+    n_embd = _number(raw.get("hidden_size"), f"{folder}/config.json has no hidden_size")
+    heads = int(raw.get("num_attention_heads") or 1)
+    head_dim = int(raw.get("head_dim") or n_embd // heads)
+    return TargetSize(
+        weights=_weight_bytes(folder),
+        n_layer=layers,
+        n_embd=n_embd,
+        n_vocab=int(raw.get("vocab_size") or 0),
+        kv_values=2 * layers * int(raw.get("num_key_value_heads") or heads) * head_dim,
+        n_ff=int(raw.get("intermediate_size") or 4 * n_embd),
+        n_ctx_train=int(raw.get("max_position_embeddings") or 4096),
+    )
+
+
+def _checkpoint_drafter(folder: Path, target: TargetSize) -> DrafterSize:
+    raw, own = _config(folder), _checkpoint_size(folder)
+    layers = raw.get("target_layer_ids") or raw.get("aux_hidden_state_layer_ids") or [0, 1, 2]
+    kind = "eagle3" if "eagle" in json.dumps(raw.get("architectures") or "").lower() else "dspark"
+    return DrafterSize(
+        kind=kind,
+        weights=own.weights,
+        n_layer=own.n_layer,
+        n_embd=own.n_embd,
+        n_vocab=int(raw.get("draft_vocab_size") or target.n_vocab),
+        kv_values=own.kv_values,
+        n_ff=own.n_ff,
+        block_size=int(raw.get("block_size") or raw.get("ttt_length") or 8),
+        features=len(layers) * target.n_embd,
+    )
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
