@@ -13,6 +13,8 @@ import numpy as np
 from dspark_cli.backends.base import EMPTY_DRAFT, Draft, Drafter, DraftRequest, FloatArray
 
 MAX_MATCH = 32  # longer matches count as this long
+#: match lengths that share a history: few enough that each is soon known
+BUCKETS = np.searchsorted([2, 3, 4, 5, 6, 8, 12, 16, 24, MAX_MATCH], np.arange(MAX_MATCH + 1), side="right")
 MATCHES = (6, 4, 3, 2)  # n-grams that are indexed; the longest that is found wins
 MEMORY = 200  # observations a bucket of match lengths remembers
 
@@ -37,9 +39,9 @@ class LookupDrafter(Drafter):
         self.block_size = block_size
         self._histories: dict[int, _History] = {}
         # Acceptance by match length: a prior of a few observations that trusts longer matches more.
-        prior = np.linspace(0.35, 0.95, MAX_MATCH + 1)
+        prior = np.linspace(0.35, 0.95, BUCKETS.max() + 1)
         self._kept = prior * 4
-        self._seen = np.full(MAX_MATCH + 1, 4.0)
+        self._seen = np.full(len(prior), 4.0)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         return [self._propose(request) for request in requests]
@@ -61,8 +63,8 @@ class LookupDrafter(Drafter):
         source = [*history.tokens[found:], request.anchor]
         while len(tokens) < size:
             tokens.append(source[len(tokens) % period])
-        lengths = np.minimum(history.matched + np.arange(len(tokens)), MAX_MATCH)
-        confidence = (self._kept[lengths] / self._seen[lengths]).astype(np.float32)
+        buckets = BUCKETS[np.minimum(history.matched + np.arange(len(tokens)), MAX_MATCH)]
+        confidence = (self._kept[buckets] / self._seen[buckets]).astype(np.float32)
         return Draft(np.asarray(tokens, dtype=np.int64), confidence, source=self.kind)
 
     def _match_length(self, tokens: list[int], context: list[int], found: int) -> int:
@@ -86,7 +88,7 @@ class LookupDrafter(Drafter):
     def feedback(self, seq: int, verified: int, accepted: int) -> None:
         matched = self._histories[seq].matched
         for position in range(min(verified, accepted + 1)):
-            bucket = min(matched + position, MAX_MATCH)
+            bucket = BUCKETS[min(matched + position, MAX_MATCH)]
             self._seen[bucket] += 1
             self._kept[bucket] += position < accepted
             if self._seen[bucket] > MEMORY:  # follow the text at hand, not everything ever seen

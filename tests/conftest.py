@@ -25,3 +25,5 @@ def own_user_dirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     monkeypatch.delenv("NO_COLOR", raising=False)
+    # A short look at the machine is enough where speed is not what is tested.
+    monkeypatch.setenv("DSPARK_PROFILE_SECONDS", "0.2")

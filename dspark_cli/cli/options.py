@@ -23,7 +23,9 @@ Drafter = Annotated[
 ]
 Policy = Annotated[
     str | None,
-    typer.Option(help="Tokens to verify per round: off, fixed:N or threshold:P (lowest confidence, 0 to 1)."),
+    typer.Option(
+        help="Tokens to verify per round: auto (by measured costs), off, fixed:N or threshold:P (lowest confidence, 0 to 1)."
+    ),
 ]
 Backend = Annotated[str, typer.Option(help="auto, llamacpp or cpu.")]
 Quant = Annotated[str | None, typer.Option(help="Format of a named model, such as Q4_K_M.")]
@@ -102,6 +104,7 @@ def open_session(options: PairOptions) -> Session:
             gpu_layers=0 if options.backend == "cpu" else options.gpu_layers,
             kv_type=options.kv_type,
             flash_attn=options.flash_attn,
+            notice=lambda text: typer.secho(text, dim=True, err=True),
         )
     )
 

@@ -20,6 +20,7 @@ from dspark_cli.engine.guard import Guard
 from dspark_cli.engine.rounds import Times
 from dspark_cli.engine.schedule import Outcome, Schedule, likely
 
+OWN_HISTORY = ("lookup",)  # drafters whose confidence is what became of their recent drafts
 FADE = 0.98  # the recent past that a round's rate is counted with: about 50 rounds
 AFTER_PARKING = 0.7  # how much of what was learned of a drafter still counts at a probe
 REVIEW = 8  # rounds between two choices of the block to draft
@@ -32,10 +33,12 @@ class Belief:
     """What one drafter's confidences are worth: its STS temperatures, then what its own recent rounds say.
 
     survival: mean survival by position from earlier runs (shipped, or from `dspark calibrate`); () if unknown
+    learns:   whether recent rounds correct it; not where the drafter's confidence is a record of its recent rounds itself
     """
 
     sts: Sts = field(default_factory=Sts)
     survival: tuple[float, ...] = ()
+    learns: bool = True
     platt: OnlinePlatt = field(default_factory=OnlinePlatt)
     history: PositionHistory = field(default_factory=PositionHistory)
 
@@ -62,7 +65,7 @@ class Belief:
                 continue
             logits.append(x[:reached])
             happened.append(np.arange(reached) < outcome.kept)
-        if logits:
+        if logits and self.learns:
             self.platt.update(np.concatenate(logits), np.concatenate(happened).astype(np.float64))
 
 
@@ -227,7 +230,7 @@ class AutoSchedule(Schedule):
         return survival, logits
 
     def _belief(self, source: str) -> Belief:
-        return self.beliefs.setdefault(source, Belief())
+        return self.beliefs.setdefault(source, Belief(learns=source not in OWN_HISTORY))
 
     def _offered(self, drafts: Sequence[Draft], survival: Sequence[Array]) -> Sequence[Array]:
         """Survivals of what may be verified: nothing of quick drafts while those are parked."""

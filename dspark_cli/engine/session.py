@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from dspark_cli.backends.base import BadInput, Drafter, PairMismatch, Target
+from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
 from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE, Model, tokens_agree
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.backends.standalone import StandaloneDrafter
+from dspark_cli.engine.auto import AutoSchedule
+from dspark_cli.engine.beliefs import load_beliefs
 from dspark_cli.engine.decode import Engine
+from dspark_cli.engine.profile import Place, costs_of
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.schedule import Off, Schedule, parse_policy
 from dspark_cli.engine.stats import ids_sha256
@@ -34,6 +38,7 @@ class OpenOptions:
     drafter_path: the model drafter that belongs to the target, where one is known
     policy:       see `schedule.parse_policy`; None takes the default
     ctx:          positions per sequence; None = what the model was trained on, at most 4096
+    notice:       is told, in one line, what the user may want to know
     """
 
     model: Path
@@ -47,6 +52,12 @@ class OpenOptions:
     gpu_layers: int | None = None
     kv_type: str = "f16"
     flash_attn: str = "auto"
+    notice: Callable[[str], None] = lambda text: None
+
+    @property
+    def drafter_file(self) -> Path | None:
+        """The file of the model drafter, if one is named or known."""
+        return self.drafter_path if self.drafter in DRAFTER_WORDS else Path(self.drafter)
 
     def context(self) -> ContextOptions:
         return ContextOptions(
@@ -82,6 +93,7 @@ class Session:
         self.target = target
         self.drafter = drafter
         self.schedule = schedule
+        self.profile: Place | None = None
         self._engine = Engine(target, drafter, schedule)
 
     @property
@@ -100,12 +112,24 @@ class Session:
             target = stack.enter_context(LlamaCppTarget(options.model, options.context(), name=options.name))
             drafter = None if isinstance(schedule, Off) else open_drafter(options, target)
             if drafter is not None:
+                if drafter.has_pass:
+                    drafter = CombinedDrafter(drafter, LookupDrafter() if options.drafter == "auto" else None)
                 stack.enter_context(drafter)
                 # Check now what the drafter wants to read, not at the first answer.
                 target.request_features(drafter.feature_layers)
             session = cls(target, drafter, schedule)
+            if isinstance(schedule, AutoSchedule):
+                session._prepare(schedule, options)
             stack.pop_all()
             return session
+
+    def _prepare(self, schedule: AutoSchedule, options: OpenOptions) -> None:
+        """Give the schedule what is known of this pair on this machine, measuring it if need be."""
+        file = options.drafter_file if self.drafter is not None and self.drafter.has_pass else None
+        schedule.costs, self.profile = costs_of(self.target, self.drafter, file, options.notice)
+        schedule.beliefs = load_beliefs(file, options.notice)
+        schedule.label = self.target.info.format
+        schedule.cap = self.target.max_rows
 
     def chat_request(
         self,
@@ -159,6 +183,8 @@ class Session:
         )
 
     def close(self) -> None:
+        if self.profile is not None and isinstance(self.schedule, AutoSchedule) and self.schedule.costs.disagrees:
+            self.profile.forget()  # rounds refuted it: measured again next time
         if self.drafter is not None:
             self.drafter.close()  # it borrows from the target: it goes first
         self.target.close()

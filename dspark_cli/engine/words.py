@@ -2,4 +2,4 @@
 
 #: a drafter that is not one of these words is a path
 DRAFTER_WORDS = ("auto", "dspark", "dflash", "eagle3", "small", "lookup", "none")
-DEFAULT_POLICY = "threshold:0.5"
+DEFAULT_POLICY = "auto"

@@ -1,0 +1,360 @@
+"""Measuring a loaded pair: what passes of each width cost, in a few seconds, and remembering it where that is safe.
+
+A profile is kept only if it was finished, on a machine quiet enough that repetitions agree. It is found again only for the
+same files, library, machine and settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from platformdirs import user_cache_path
+
+from dspark_cli.backends.base import Drafter, DraftRequest, Row, Target
+from dspark_cli.engine.costs import CostModel, Curve
+
+SCHEMA = "dspark-profile/1"
+BUDGET_S = 4.0
+REPEATS = 3  # fewest repetitions of a finished profile
+MOST_REPEATS = 7
+WIDE = 0.2  # quartiles further apart than this share of the median: the machine is busy, the profile is not kept
+SHALLOW, DEEP = 32, 512  # cached tokens at which passes are measured
+HEADER_BYTES = 1 << 20
+
+Notice = Callable[[str], None]
+
+
+def budget_s() -> float:
+    """Seconds a profile may take; DSPARK_PROFILE_SECONDS overrides the default."""
+    try:
+        return max(0.0, float(os.environ.get("DSPARK_PROFILE_SECONDS", BUDGET_S)))
+    except ValueError:
+        return BUDGET_S
+
+
+@dataclass
+class Profile:
+    """Samples in ms of every job, and what follows from them. Jobs: ("verify", depth, tokens), ("draft", 0, block), ..."""
+
+    samples: dict[tuple[str, int, int], list[float]] = field(default_factory=dict)
+    depths: tuple[int, int] = (SHALLOW, SHALLOW)
+
+    def add(self, job: tuple[str, int, int], ms: float) -> None:
+        if ms > 0:  # a clock that stood still or went back measured nothing
+            self.samples.setdefault(job, []).append(ms)
+
+    def median(self, kind: str, depth: int) -> dict[int, float]:
+        return {n: median(s) for (k, d, n), s in self.samples.items() if k == kind and d == depth}
+
+    @property
+    def repeats(self) -> int:
+        return min((len(s) for s in self.samples.values()), default=0)
+
+    @property
+    def spread(self) -> float:
+        """Median over jobs of the distance of the quartiles, as a share of the median."""
+        wide = [np.subtract(*np.percentile(s, [75, 25])) / median(s) for s in self.samples.values() if len(s) >= 2]
+        return float(np.median(wide)) if wide else float("inf")
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it may be kept for later sessions."""
+        return self.repeats >= REPEATS - 1 and self.spread <= WIDE
+
+    def costs(self) -> CostModel:
+        """Raises ValueError when nothing was measured."""
+        shallow, deep = self.depths
+        drafts = self.median("draft", shallow)
+        inject = self.median("inject", shallow)
+        return CostModel(
+            Curve(self.median("verify", shallow)),
+            depth=shallow,
+            slope=self._slope(shallow, deep),
+            draft=Curve(drafts) if drafts else None,
+            inject_ms=next(iter(inject.values()), 0.0),
+        )
+
+    def _slope(self, shallow: int, deep: int) -> tuple[float, float]:
+        """ms per cached token: a line over the pass's tokens; 0 where the difference is within the noise."""
+        near, far = self.median("verify", shallow), self.median("verify", deep)
+        widths = sorted(set(near) & set(far)) if deep > shallow else []
+        noise = self.spread
+        slopes = [(far[n] - near[n]) / (deep - shallow) if far[n] > near[n] * (1 + noise) else 0.0 for n in widths]
+        if not any(slopes):
+            return (0.0, 0.0)
+        if len(widths) == 1:
+            return (slopes[0], 0.0)
+        per_token, fixed = np.polyfit(widths, slopes, 1)
+        return (max(0.0, float(fixed)), max(0.0, float(per_token)))
+
+
+def measure(
+    target: Target,
+    drafter: Drafter | None,
+    *,
+    seconds: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Profile:
+    """Profile a pair in about `seconds`. Uses, and leaves empty, sequence 0 of both.
+
+    Interleaved: every repetition takes all widths in turn, forth and back, so that drift hits them alike.
+    """
+    seconds = budget_s() if seconds is None else seconds
+    profile = Profile()
+    bench = _Bench(target, drafter, clock)
+    end = clock() + seconds
+    try:
+        depth = bench.fill(min(SHALLOW, target.info.n_ctx // 4))
+        first = max(bench.verify(1) for _ in range(2))  # warm: the first passes build graphs and wake threads
+        jobs = [("verify", depth, n) for n in _affordable(bench.widths(), first, 0.5 * seconds * 1e3)]
+        if drafter is not None and drafter.has_pass:
+            jobs += [("draft", depth, n) for n in sorted({1, (drafter.pass_block + 1) // 2, drafter.pass_block})]
+            jobs += [("inject", depth, 2)]
+            bench.draft(1)
+            bench.inject(2)
+        bench.sample(profile, jobs, REPEATS, clock() + seconds)
+        bench.sample(profile, jobs, MOST_REPEATS - REPEATS, end - 0.4 * seconds)
+        deep = bench.fill(min(DEEP, target.info.n_ctx // 2), until=end - 0.2 * seconds)
+        profile.depths = (depth, deep)
+        if deep >= depth + 64:
+            far = [("verify", deep, n) for kind, _, n in jobs if kind == "verify" and n in (1, 4, bench.widest)]
+            bench.sample(profile, far, REPEATS, end)
+            profile.samples = {k: s for k, s in profile.samples.items() if len(s) >= 2 or k[1] == depth}
+    finally:
+        for keeper in (target, drafter):
+            if keeper is not None:
+                keeper.drop(0)
+    return profile
+
+
+def _affordable(widths: Sequence[int], first_ms: float, budget_ms: float) -> list[int]:
+    """As many of `widths` (most telling first) as can be repeated within the budget, if width 1 takes `first_ms`."""
+    chosen: list[int] = []
+    for n in widths:
+        budget_ms -= REPEATS * first_ms * (1 + 0.3 * (n - 1))
+        if budget_ms < 0 and len(chosen) >= 3:
+            break
+        chosen.append(n)
+    return sorted(chosen)
+
+
+class _Bench:
+    """Single passes on sequence 0, each undone after it was timed."""
+
+    def __init__(self, target: Target, drafter: Drafter | None, clock: Callable[[], float]) -> None:
+        self.target, self.drafter, self.clock = target, drafter, clock
+        self._ids = np.random.default_rng(0).integers(0, target.info.n_vocab, size=4096).tolist()
+        self.widest = min((drafter.block_size if drafter else 0) + 1, target.max_rows)
+
+    def widths(self) -> list[int]:
+        """Tokens per pass worth measuring, most telling first; with several sequences also what all of them may need."""
+        most = min(self.widest * self.target.info.n_seq, self.target.max_rows)
+        order = [
+            1,
+            2,
+            4,
+            3,
+            self.widest,
+            6,
+            5,
+            8,
+            7,
+            12,
+            10,
+            9,
+            14,
+            11,
+            13,
+            15,
+            16,
+            24,
+            32,
+            48,
+            64,
+            96,
+            128,
+            256,
+            512,
+            most,
+        ]
+        return list(dict.fromkeys(n for n in order if n <= most))
+
+    def fill(self, depth: int, until: float = float("inf")) -> int:
+        """Grow the cached text to `depth` tokens, or as far as time allows; returns its length."""
+        while (length := self.target.length(0)) < depth and self.clock() < until:
+            chunk = self._ids[length : min(depth, length + 64)]
+            output = self.target.step([Row(0, chunk, n_logits=1)])[0]
+            if self.drafter is not None:
+                self.drafter.observe(0, chunk, output.features)
+        if self.drafter is not None and self.drafter.has_pass:
+            self.drafter.propose([DraftRequest(0, self._ids[0], 1)])  # takes in what waits
+        return self.target.length(0)
+
+    def verify(self, tokens: int) -> float:
+        length, native, began = self.target.length(0), self.target.native_ms, self.clock()
+        self.target.step([Row(0, self._ids[:tokens])])
+        wall = (self.clock() - began) * 1e3
+        self.target.rewind(0, length)
+        return (self.target.native_ms - native) or wall
+
+    def draft(self, block: int) -> float:
+        assert self.drafter is not None
+        began = self.clock()
+        self.drafter.propose([DraftRequest(0, self._ids[1], block)])
+        return (self.clock() - began) * 1e3
+
+    def inject(self, tokens: int) -> float:
+        """Handing over features, through `propose` where the drafter puts it off."""
+        assert self.drafter is not None
+        length = self.target.length(0)
+        output = self.target.step([Row(0, self._ids[:tokens])])[0]
+        delayed, began = self.drafter.inject_ms, self.clock()
+        self.drafter.observe(0, self._ids[:tokens], output.features)
+        wall = (self.clock() - began) * 1e3
+        self.drafter.propose([DraftRequest(0, self._ids[1], 1)])
+        for keeper in (self.target, self.drafter):
+            keeper.rewind(0, length)
+        return wall + self.drafter.inject_ms - delayed
+
+    def sample(self, profile: Profile, jobs: Sequence[tuple[str, int, int]], repeats: int, until: float) -> None:
+        run = {"verify": self.verify, "draft": self.draft, "inject": self.inject}
+        for repeat in range(repeats):
+            for job in jobs if repeat % 2 == 0 else list(reversed(jobs)):
+                if self.clock() >= until:
+                    return
+                profile.add(job, run[job[0]](job[2]))
+
+
+# -- the cache -----------------------------------------------------------------------------------------------------------
+
+
+def file_facts(path: Path | None) -> dict[str, Any] | None:
+    """What tells one version of a file from another, without reading all of it."""
+    if path is None or not path.is_file():
+        return None
+    facts = path.stat()
+    with path.open("rb") as file:
+        header = hashlib.sha256(file.read(HEADER_BYTES)).hexdigest()
+    return {"file": path.name, "bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns, "header_sha256": header}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the profile of a pair is kept (`path`), and what must be the same for it to count (`key`)."""
+
+    path: Path
+    key: dict[str, Any]
+
+    @classmethod
+    def of(cls, target: Target, drafter: Drafter | None, drafter_path: Path | None) -> Place:
+        info = target.info
+        library = "llama-cpp-python" if info.backend == "llamacpp" else "torch"
+        settings = {
+            "backend": info.backend,
+            "device": info.device,
+            "n_seq": info.n_seq,
+            "drafter": None if drafter is None else drafter.name,
+            "block_size": None if drafter is None else drafter.block_size,
+            **{k: v for k, v in info.details.items() if isinstance(v, str | int | float | type(None))},
+        }
+        key = {
+            **settings,
+            "machine": f"{platform.node()} {_processor()} {os.cpu_count()}",
+            "library": f"{library} {_installed(library)}",
+            "model": file_facts(Path(info.path)),
+            "drafter_file": file_facts(drafter_path),
+        }
+        where = [str(Path(info.path).absolute()), str(drafter_path and drafter_path.absolute()), settings]
+        name = hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:24]
+        return cls(user_cache_path("dspark") / "profiles" / f"{name}.json", key)
+
+    def load(self, notice: Notice) -> CostModel | None:
+        """The profile kept here, if it is for this key; one line of notice when a file is there that cannot be used."""
+        try:
+            raw = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            notice(f"the cost profile {self.path.name} cannot be read ({_short(error)}): measuring again")
+            return None
+        try:
+            if raw["schema"] != SCHEMA:
+                raise ValueError(f"schema {raw['schema']!r}")
+            if raw["key"] != json.loads(json.dumps(self.key)):
+                changed = next(k for k in {**self.key, **raw["key"]} if self.key.get(k) != raw["key"].get(k))
+                notice(f"the cost profile {self.path.name} is of another {changed.replace('_', ' ')}: measuring again")
+                return None
+            return CostModel.from_dict(raw["costs"])
+        except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
+            notice(f"the cost profile {self.path.name} is damaged ({_short(error)}): measuring again")
+            return None
+
+    def save(self, profile: Profile) -> None:
+        """Keep a profile; in one move, so that nobody ever reads half of it. A folder that cannot be written is no error."""
+        raw = {"schema": SCHEMA, "key": self.key, "costs": profile.costs().as_dict(), "spread": profile.spread}
+        unfinished = self.path.with_suffix(f".{os.getpid()}.part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(json.dumps(raw, indent=1), encoding="utf-8")
+            unfinished.replace(self.path)
+        except OSError:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def costs_of(
+    target: Target, drafter: Drafter | None, drafter_path: Path | None, notice: Notice
+) -> tuple[CostModel, Place]:
+    """The costs of a loaded pair: kept from earlier, or measured now."""
+    place = Place.of(target, drafter, drafter_path)
+    known = place.load(notice)
+    if known is not None:
+        return known, place
+    seconds = budget_s()
+    if seconds >= 1:
+        notice(f"measuring what passes cost on this machine (once, about {seconds:.0f} s)")
+    profile = measure(target, drafter, seconds=seconds)
+    try:
+        costs = profile.costs()
+    except ValueError:
+        return CostModel.unmeasured(), place
+    if profile.lasting:
+        place.save(profile)
+    elif seconds >= 1:
+        notice(f"the machine is busy (times differ by {profile.spread:.0%}): this measurement is not kept")
+    return costs, place
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:80]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,229 @@
+"""Cost profiles: measured on a simulated machine, kept only when sound, found again only for the same pair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dspark_cli.backends.base import Row, RowOutput
+from dspark_cli.backends.combined import CombinedDrafter
+from dspark_cli.backends.lookup import LookupDrafter
+from dspark_cli.engine.auto import AutoSchedule
+from dspark_cli.engine.beliefs import CalibrationFile, load_beliefs, own_path, sha256_of, shipped_path
+from dspark_cli.engine.costs import Curve
+from dspark_cli.engine.decode import Engine
+from dspark_cli.engine.profile import Place, costs_of, measure
+from dspark_cli.engine.rounds import Request
+from simulated import Clock, Machine, TimedDrafter, TimedTarget, steady
+
+JAGGED = {1: 10.0, 2: 15.0, 3: 19.0, 4: 18.0, 5: 25.0, 6: 24.0, 7: 33.0, 17: 70.0}
+
+
+class DeepTarget(TimedTarget):
+    """Each cached token adds (0.005 + 0.002 tokens) ms to a pass."""
+
+    def step(self, rows: list[Row]) -> list[RowOutput]:  # type: ignore[override]
+        extra = sum(self.length(r.seq) * (0.005 + 0.002 * len(r.tokens)) for r in rows)
+        self.clock.spend(extra)
+        self.native_ms += extra
+        return super().step(rows)
+
+
+def pair(noise: float = 0.0, kind: type[TimedTarget] = TimedTarget) -> tuple[TimedTarget, CombinedDrafter, Clock]:
+    clock = Clock()
+    target = kind(Curve(JAGGED), clock, noise=noise)
+    target.request_features((0,))
+    model = TimedDrafter(target, steady(0.5, 0.5), ms=Curve({1: 3.0, 4: 4.5}))
+    return target, CombinedDrafter(model, LookupDrafter(), clock=clock), clock
+
+
+def test_finds_the_jags_of_the_machine_within_its_time() -> None:
+    target, drafter, clock = pair(noise=0.05)
+    profile = measure(target, drafter, seconds=5.0, clock=clock)
+    assert clock() < 6.0
+    assert profile.lasting
+    costs = profile.costs()
+    curve = costs.verify_ms(1, 32, 7)
+    for tokens in range(1, 8):
+        assert curve[tokens] == pytest.approx(JAGGED[tokens], rel=0.1)
+    assert curve[4] < curve[3]
+    assert costs.pass_ms(1, 4) == pytest.approx(4.5, rel=0.1)
+    assert target.length(0) == 0
+
+
+def test_depth_is_measured() -> None:
+    target, drafter, clock = pair(kind=DeepTarget)
+    costs = measure(target, drafter, seconds=8.0, clock=clock).costs()
+    at = costs.verify_ms(1, 1000, 5)
+    assert at[1] == pytest.approx(10.0 + 7.0, rel=0.1)
+    assert at[5] == pytest.approx(25.0 + 15.0, rel=0.1)
+
+
+def test_a_slow_target_gets_fewer_widths_not_more_time() -> None:
+    target, drafter, clock = pair()
+    target.ms = Curve({n: 40 * ms for n, ms in JAGGED.items()})
+    profile = measure(target, drafter, seconds=5.0, clock=clock)
+    assert clock() < 20.0
+    assert set(profile.median("verify", profile.depths[0])) == {1, 2, 4}
+
+
+def test_sessions_of_the_same_pair_measure_once(tmp_path: Path) -> None:
+    target, drafter, _ = pair()
+    notices: list[str] = []
+    place = Place.of(target, drafter, None)
+    assert place.load(notices.append) is None
+    profile = measure(target, drafter, seconds=5.0, clock=target.clock)
+    place.save(profile)
+    assert notices == []
+    again = Place.of(target, drafter, None).load(notices.append)
+    assert again is not None
+    assert again.as_dict() == profile.costs().as_dict()
+    assert notices == []
+    assert [p.suffix for p in place.path.parent.iterdir()] == [".json"]
+
+
+def saved() -> tuple[Place, list[str]]:
+    target, drafter, _ = pair()
+    place = Place.of(target, drafter, None)
+    place.save(measure(target, drafter, seconds=5.0, clock=target.clock))
+    return place, []
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda text: text[: len(text) // 2], "cannot be read"),
+        (lambda text: "", "cannot be read"),
+        (lambda text: "[]", "damaged"),
+        (lambda text: text.replace("dspark-profile/1", "dspark-profile/0"), "damaged"),
+        (lambda text: json.dumps({**json.loads(text), "costs": {"verify": {"1": -1}}}), "damaged"),
+        (
+            lambda text: json.dumps({**json.loads(text), "costs": {**json.loads(text)["costs"], "verify": {}}}),
+            "damaged",
+        ),
+    ],
+)
+def test_a_damaged_file_is_measured_again_with_one_line(damage: object, says: str) -> None:
+    place, notices = saved()
+    place.path.write_text(damage(place.path.read_text()))  # type: ignore[operator]
+    assert place.load(notices.append) is None
+    assert len(notices) == 1
+    assert says in notices[0]
+    assert "\n" not in notices[0]
+
+
+@pytest.mark.parametrize("what", ["machine", "library", "model", "drafter_file"])
+def test_a_profile_of_something_else_is_measured_again(what: str) -> None:
+    place, notices = saved()
+    other = Place(place.path, {**place.key, what: "another"})
+    assert other.load(notices.append) is None
+    assert notices == [f"the cost profile {place.path.name} is of another {what.replace('_', ' ')}: measuring again"]
+
+
+def test_a_busy_machine_is_measured_but_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPARK_PROFILE_SECONDS", "5")
+    target, drafter, _ = pair(noise=0.6)
+    notices: list[str] = []
+    costs, place = costs_of(target, drafter, None, notices.append)
+    assert costs.verify.known
+    assert not place.path.exists()
+    assert any("busy" in n and "not kept" in n for n in notices)
+
+
+def test_an_interrupted_measurement_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter, _ = pair()
+    calls = [0]
+    step = target.step
+
+    def interrupted(rows: list[Row]) -> list[RowOutput]:
+        calls[0] += 1
+        if calls[0] > 20:
+            raise KeyboardInterrupt
+        return step(rows)
+
+    monkeypatch.setattr(target, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        costs_of(target, drafter, None, lambda text: None)
+    assert not Place.of(target, drafter, None).path.exists()
+    assert target.length(0) == 0
+
+
+def test_a_clock_that_goes_backwards_is_no_measurement() -> None:
+    target, drafter, clock = pair()
+    target.native_ms = 1e9
+    step = target.step
+
+    def back(rows: list[Row]) -> list[RowOutput]:
+        outputs = step(rows)
+        target.native_ms -= 500.0
+        return outputs
+
+    target.step = back  # type: ignore[method-assign, assignment]
+    profile = measure(target, drafter, seconds=2.0, clock=clock)
+    assert not profile.median("verify", profile.depths[0])
+    with pytest.raises(ValueError, match="cost curve"):
+        profile.costs()
+
+
+def test_no_time_to_measure_still_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPARK_PROFILE_SECONDS", "0")
+    target, drafter, clock = pair()
+    costs, place = costs_of(target, drafter, None, lambda text: None)
+    assert not place.path.exists()
+    rounds = list(Engine(target, drafter, AutoSchedule(costs), clock=clock).run([Request([1, 2], 30)]))
+    assert sum(len(r.tokens) for r in rounds) == 30
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    target, drafter, _ = pair()
+    (tmp_path / "file").write_text("")
+    Place(tmp_path / "file" / "x.json", {}).save(measure(target, drafter, seconds=5.0, clock=target.clock))
+
+
+class TestCalibrationFiles:
+    def drafter(self, folder: Path) -> Path:
+        path = folder / "d.gguf"
+        path.write_bytes(b"drafter")
+        return path
+
+    def file(self, path: Path, **change: object) -> CalibrationFile:
+        raw = {
+            "drafter_sha256": sha256_of(path),
+            "source": "dspark",
+            "temperatures": (1.5, 2.0),
+            "survival": (0.8, 0.5),
+        }
+        return CalibrationFile(**{**raw, **change})  # type: ignore[arg-type]
+
+    def test_shipped_is_found_and_the_users_own_goes_first(self, tmp_path: Path) -> None:
+        path, notices = self.drafter(tmp_path), list[str]()
+        assert load_beliefs(path, notices.append) == {}
+        self.file(path).save(shipped_path(path))
+        assert load_beliefs(path, notices.append)["dspark"].sts.temperatures == (1.5, 2.0)
+        self.file(path, temperatures=(3.0,)).save(own_path(path))
+        belief = load_beliefs(path, notices.append)["dspark"]
+        assert belief.sts.temperatures == (3.0,)
+        assert belief.survival == (0.8, 0.5)
+        assert notices == []
+        assert CalibrationFile.load(own_path(path)) == self.file(path, temperatures=(3.0,))
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": "x"}', '{"schema": "dspark-calibration/1"}'])
+    def test_a_damaged_one_is_not_used(self, tmp_path: Path, text: str) -> None:
+        path, notices = self.drafter(tmp_path), list[str]()
+        shipped_path(path).write_text(text)
+        assert load_beliefs(path, notices.append) == {}
+        assert len(notices) == 1
+
+    def test_one_for_another_drafter_is_not_used(self, tmp_path: Path) -> None:
+        path, notices = self.drafter(tmp_path), list[str]()
+        self.file(path).save(shipped_path(path))
+        path.write_bytes(b"retrained")
+        assert load_beliefs(path, notices.append) == {}
+        assert "another version of d.gguf" in notices[0]
+
+
+def test_the_machine_of_the_simulation_agrees_with_its_profile() -> None:
+    machine = Machine(steady(0.9, 0.9))
+    assert machine.costs().verify_ms(1, 0, 4)[4] == 17.0
