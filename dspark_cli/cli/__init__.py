@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dspark_cli import __version__
-from dspark_cli.cli import chat, doctor, generate, models
+from dspark_cli.cli import chat, doctor, generate, models, pull, rm
 from dspark_cli.cli.errors import DsparkGroup
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("models")(models.models)
+app.command("pull")(pull.pull)
+app.command("rm")(rm.rm)
 app.command("doctor")(doctor.doctor)
 
 

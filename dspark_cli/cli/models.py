@@ -1,54 +1,148 @@
-"""`dspark models`: what the registry knows, and what of it is here."""
+"""`dspark models`: what the registry knows, what fits this machine, and what is here."""
 
 from __future__ import annotations
 
 import json as json_
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dspark_cli.cli import options as o
 
 if TYPE_CHECKING:
-    from dspark_cli.registry import Entry
+    from dspark_cli.registry.choose import Machine
+    from dspark_cli.registry.schema import Entry
 
 
-def models(json: o.Json = False) -> None:
-    """List the models by name, with their drafters and what is on this disk.
+def models(
+    name: Annotated[str | None, typer.Argument(help="Everything about this one.", show_default=False)] = None,
+    fits: Annotated[bool, typer.Option("--fits", help="Only what fits this machine.")] = False,
+    json: o.Json = False,
+) -> None:
+    """List the models by name: size, the best format that fits this machine with its drafter, what is on this disk.
 
-    Example: dspark models --json
+    Example: dspark models qwen3-8b
     """
-    from dspark_cli.registry import load_models
+    from dspark_cli.registry import find, load_models
+    from dspark_cli.registry.devices import this_machine
 
-    rows = [_row(entry) for entry in load_models().values()]
+    machine = this_machine()
+    entries = [find(name)] if name is not None else list(load_models().values())
+    rows = [row for row in (_row(entry, machine) for entry in entries) if row["fits"] or not fits]
     if json:
-        typer.echo(json_.dumps(rows, ensure_ascii=False, default=str))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("name", "size", "on disk", "drafters", box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        here = ", ".join(f"{form} ({size / 1e6:.0f} MB)" for form, size in row["on_disk"].items())
-        drafters = ", ".join(dict.fromkeys(d["kind"] for d in row["drafters"])) or "lookup"
-        table.add_row(row["name"], row["parameters"], here or "-", drafters)
-    console = Console()
-    console.print(table)
-    notes = [f"{row['name']}: {row['note']}" for row in rows if row["note"]]
-    for text in notes:
-        console.print(text, style="dim", highlight=False)
+        typer.echo(json_.dumps(rows[0] if name is not None and rows else rows, ensure_ascii=False, default=str))
+    elif name is not None:
+        for row in rows:
+            _print_one(row)
+    else:
+        _print_table(rows, machine)
 
 
-def _row(entry: Entry) -> dict[str, Any]:
+def _row(entry: Entry, machine: Machine) -> dict[str, Any]:
+    from dspark_cli.backends.errors import DsparkError
+    from dspark_cli.registry.choose import Wish, choose, fitting, quants
+    from dspark_cli.registry.quants import FULL_PRECISION
+
+    here = entry.on_disk()
+    checkpoint = entry.checkpoint()
+    wish = Wish(here=(*here, *((FULL_PRECISION,) if checkpoint else ())))
+    problem, best = None, None
+    try:
+        best = choose(entry, machine, wish)
+    except DsparkError as error:
+        problem = str(error)
+    plans = fitting(entry, machine)
+    sizes = {quant: entry.file_bytes(quant) for quant in quants(entry)}
+    if entry.safetensors:
+        sizes[FULL_PRECISION] = entry.file_bytes(FULL_PRECISION)
     return {
         "name": entry.name,
         "aliases": list(entry.aliases),
         "family": entry.family,
         "parameters": entry.parameters,
+        "context": entry.context,
+        "licence": entry.licence,
+        "thinking": entry.thinking,
         "gguf": entry.gguf,
         "safetensors": entry.safetensors,
-        "on_disk": {form: path.stat().st_size for form, path in entry.on_disk().items()},
-        "drafters": [{**asdict(d), "path": d.path} for d in entry.drafter],
+        "format_bytes": sizes,
+        "fits": {quant: {"device": plan.device.name, "bytes": plan.total} for quant, plan in plans.items()},
+        "best": None if best is None else {"quant": best.quant, "backend": best.backend, "plan": best.plan.as_dict()},
+        "drafter": None if best is None or best.drafter is None else best.drafter.repository or best.drafter.builtin,
+        "problem": problem,
+        "on_disk": {quant: _bytes_on_disk(path) for quant, path in here.items()}
+        | ({FULL_PRECISION: _bytes_on_disk(checkpoint)} if checkpoint else {}),
+        "drafters": [{**d.model_dump(), "path": d.path} for d in entry.drafter],
+        "unconfirmed": list(entry.unconfirmed),
+        "source": entry.source,
         "note": entry.note,
     }
+
+
+def _bytes_on_disk(path: Any) -> int:
+    from dspark_cli.registry.quants import parts_of
+
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return sum((path.parent / part).stat().st_size for part in parts_of(path.name))
+
+
+def _drafter_words(row: dict[str, Any]) -> str:
+    kinds = dict.fromkeys(d["kind"] for d in row["drafters"] if d["usable"])
+    taus = [max(d["accepted_length"].values()) for d in row["drafters"] if d["accepted_length"]]
+    return (", ".join(kinds) or "lookup") + (f" (tau up to {max(taus):.1f})" if taus else "")
+
+
+def _print_table(rows: list[dict[str, Any]], machine: Machine) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dspark_cli.registry.plan import size
+
+    table = Table("name", "size", "fits here as", "on disk", "drafters", box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        here = ", ".join(f"{quant} ({size(n_bytes)})" for quant, n_bytes in row["on_disk"].items())
+        best = row["best"]
+        fits = f"{best['quant']} ({size(best['plan']['total_bytes'])}, {best['plan']['device']})" if best else "-"
+        table.add_row(row["name"], row["parameters"], fits, here or "-", _drafter_words(row))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a pipe has no edge to wrap at
+    console.print(table)
+    devices = ", ".join(f"{d.name} {size(d.usable)}" for d in (*machine.accelerators, machine.cpu))
+    console.print(
+        f"Usable now: {devices}. `dspark models NAME` says everything about one.", style="dim", highlight=False
+    )
+    for row in rows:
+        if row["note"]:
+            console.print(f"{row['name']}: {row['note']}", style="dim", highlight=False)
+
+
+def _print_one(row: dict[str, Any]) -> None:
+    from dspark_cli.registry.plan import size
+
+    echo = typer.echo
+    echo(f"{row['name']} ({row['parameters']}, {row['family']}; {', '.join(row['aliases']) or 'no aliases'})")
+    for key in ("licence", "context", "thinking", "gguf", "safetensors", "source", "note"):
+        if row[key]:
+            mark = " (not confirmed)" if key in row["unconfirmed"] else ""
+            echo(f"{key:<12}{row[key]}{mark}")
+    for quant, n_bytes in row["format_bytes"].items():
+        fit = row["fits"].get(quant)
+        where = f"fits {fit['device']}, {size(fit['bytes'])} with drafter and context" if fit else "does not fit"
+        here = ", on disk" if quant in row["on_disk"] else ""
+        echo(f"format      {quant:<7} {size(n_bytes):>8}  {where}{here}")
+    for d in row["drafters"]:
+        taus = ", ".join(f"{key} {value}" for key, value in d["accepted_length"].items())
+        facts = [
+            f"block {d['block_size']}" if d["block_size"] else "",
+            f"tau {taus}" if taus else "",
+            d["speedup"] or "",
+            "on disk" if d["path"] else "",
+            "" if d["usable"] else f"cannot be used: {d['note']}",
+            f"not confirmed: {', '.join(d['unconfirmed'])}" if d["unconfirmed"] else "",
+        ]
+        where = d["repository"] or d["builtin"]
+        echo(f"drafter     {d['kind']:<7} {where} ({d['format']}): {'; '.join(filter(None, facts))}. {d['source']}")
+    if row["problem"]:
+        echo(f"problem     {row['problem']}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +13,18 @@ from dspark_cli.backends.errors import BadInput, NotReady
 if TYPE_CHECKING:
     from dspark_cli.engine.rounds import SamplingOptions
     from dspark_cli.engine.session import Session
+    from dspark_cli.registry.choose import Wish
+    from dspark_cli.registry.plan import MemoryPlan
+    from dspark_cli.registry.resolve import Resolved
 
 BACKENDS = ("auto", "llamacpp", "cpu")
 
-Model = Annotated[str, typer.Argument(help="Name from `dspark models`, or path to a GGUF file.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Name from `dspark models`, Hub repository (owner/name), or path to a GGUF file.", show_default=False
+    ),
+]
 Drafter = Annotated[
     str,
     typer.Option(help="auto, dspark, dflash, small, lookup, none, or path to a drafter GGUF.", metavar="NAME|PATH"),
@@ -82,14 +90,10 @@ def open_session(options: PairOptions) -> Session:
                 hint="--backend auto (llama.cpp uses the GPU it was built for)",
             )
         raise BadInput(f"unknown backend {options.backend!r}: one of {', '.join(BACKENDS)}")
-    if options.offline:
-        import os
-
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    from dspark_cli.registry import resolve
-
-    found = resolve(options.model, options.quant)
-    check_drafter(options.drafter)
+    go_offline(options.offline)
+    found, plan = find_pair(options)
+    for line in (plan.line(), *found.notes):
+        typer.secho(line, dim=True, err=True)
     from dspark_cli.engine.session import OpenOptions, Session
 
     return Session.open(
@@ -99,14 +103,85 @@ def open_session(options: PairOptions) -> Session:
             drafter=options.drafter,
             drafter_path=found.drafter_path,
             policy=options.policy,
-            ctx=options.ctx,
+            ctx=plan.ctx if options.ctx is None else options.ctx,
             threads=options.threads,
-            gpu_layers=0 if options.backend == "cpu" else options.gpu_layers,
+            gpu_layers=plan.gpu_layers,
             kv_type=options.kv_type,
             flash_attn=options.flash_attn,
             notice=lambda text: typer.secho(text, dim=True, err=True),
         )
     )
+
+
+def go_offline(offline: bool) -> None:
+    """Must come before the first use of huggingface-hub, which reads the variable once."""
+    if offline:
+        import os
+
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def wish(
+    *,
+    quant: str | None = None,
+    backend: str = "auto",
+    drafter: str = "auto",
+    ctx: int | None = None,
+    kv_type: str = "f16",
+    gpu_layers: int | None = None,
+) -> Wish:
+    """What the memory plan and the choice of files must respect. Raises BadInput for words nobody knows."""
+    from dspark_cli.registry.choose import DEVICE_KINDS, Wish
+    from dspark_cli.registry.hub import known_quant
+    from dspark_cli.registry.plan import KV_BYTES, PlanOptions
+
+    if backend not in ("auto", "llamacpp", *DEVICE_KINDS):
+        raise BadInput(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
+    if kv_type not in KV_BYTES:
+        raise BadInput(f"unknown KV type {kv_type!r}: one of {', '.join(KV_BYTES)}")
+    layers = gpu_layers if gpu_layers is not None and gpu_layers >= 0 else None
+    return Wish(
+        quant=known_quant(quant) if quant else None,
+        backend=backend,
+        drafter=drafter,
+        options=PlanOptions(ctx=ctx or None, kv_type=kv_type, gpu_layers=layers),
+    )
+
+
+def find_pair(options: PairOptions) -> tuple[Resolved, MemoryPlan]:
+    """Files of the pair, downloaded where they are missing, and their memory plan.
+
+    Raises NotReady with the numbers when it does not fit, before anything is loaded.
+    """
+    from dspark_cli.cli.progress import make_report
+    from dspark_cli.registry.devices import this_machine
+    from dspark_cli.registry.obtain import obtain
+    from dspark_cli.registry.resolve import plan_for
+
+    wanted = wish(
+        quant=options.quant,
+        backend=options.backend,
+        drafter=options.drafter,
+        ctx=options.ctx,
+        kv_type=options.kv_type,
+        gpu_layers=options.gpu_layers,
+    )
+    machine = this_machine()
+    if options.backend == "cpu" or options.gpu_layers == 0:
+        machine = replace(machine, accelerators=())
+    with make_report() as report:
+        found = obtain(options.model, wanted, machine, report)
+    check_drafter(options.drafter)
+    own = Path(options.drafter).expanduser()
+    plan = plan_for(found, machine, wanted.options, own if own.exists() and is_path(options.drafter) else None)
+    return found, plan.or_refuse(found.name)
+
+
+def is_path(drafter: str) -> bool:
+    """Whether `--drafter` names a file and not a kind."""
+    from dspark_cli.engine.words import DRAFTER_WORDS
+
+    return drafter not in DRAFTER_WORDS
 
 
 def check_drafter(name: str) -> None:

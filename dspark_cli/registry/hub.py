@@ -18,8 +18,8 @@ from dspark_cli.registry.quants import BITS, part_of, parts_of, quant_of, rank, 
 T = TypeVar("T")
 #: answers that may be different in a moment
 PASSING = (408, 425, 429, 500, 502, 503, 504)
-#: tries without any progress before giving up, the first wait, and the longest wait (seconds)
-TRIES, FIRST_WAIT_S, LONGEST_WAIT_S = 5, 1.0, 30.0
+#: tries without any progress before giving up (fewer for a server that was never reached), first and longest wait (seconds)
+TRIES, TRIES_UNREACHED, FIRST_WAIT_S, LONGEST_WAIT_S = 5, 3, 1.0, 30.0
 #: files beside the model in GGUF repositories: projectors, importance matrices, drafters that travel along
 _NOT_A_TARGET = ("mmproj", "imatrix", "dspark-", "dflash-", "mtp-", "eagle3-")
 #: what a checkpoint needs beside its weights
@@ -147,15 +147,15 @@ def patiently(ask: Callable[[], T], *, what: str, progress: Callable[[], int] | 
             status = error.response.status_code if error.response is not None else None
             if status not in PASSING:
                 raise explain(error, what) from None
-            last, wait = error, _retry_after(error)
+            last, wait, reached = error, _retry_after(error), True
         except network as error:
-            last, wait = error, None
+            last, wait, reached = error, None, "Connect" not in type(error).__name__
         except Exception as error:
             raise explain(error, what) from None
         now = progress() if progress else 0
         tries = 1 if now > before else tries + 1
         before = now
-        if tries >= TRIES:
+        if tries >= (TRIES if reached else TRIES_UNREACHED):
             raise explain(last, what) from None
         growing = min(FIRST_WAIT_S * 2 ** (tries - 1), LONGEST_WAIT_S) * random.uniform(0.8, 1.2)
         time.sleep(min(wait, 2 * LONGEST_WAIT_S) if wait is not None else growing)

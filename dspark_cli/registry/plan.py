@@ -143,6 +143,28 @@ class MemoryPlan:
             return self.total <= self.device.usable
         return self.on_device <= self.device.usable and self.on_host <= self.host_free
 
+    def or_refuse(self, name: str) -> MemoryPlan:
+        """This plan. Raises NotReady with the numbers, and the longest context that would fit, when it does not fit."""
+        if self.fits:
+            return self
+        from dspark_cli.backends.errors import NotReady
+
+        short, free = (
+            (self.on_host, self.host_free)
+            if self.on_device <= self.device.usable
+            else (self.on_device, self.device.usable)
+        )
+        if self.device.kind == "cpu" or self.device.unified:
+            short, free = self.total, self.device.usable
+        kv = self.target.kv + (self.drafter.kv if self.drafter else 0)
+        room = free - (short - kv)
+        ctx = int(self.ctx * room / kv) // 256 * 256 if kv else 0
+        fewer = f"--ctx {ctx} fits" if ctx >= 256 else "a smaller quant or model: `dspark models --fits`"
+        raise NotReady(
+            f"{name} with {self.ctx} tokens of context needs {size(short)} on {self.device.name}, {size(free)} can be used",
+            hint=fewer,
+        )
+
     @property
     def offload(self) -> str:
         """Where the target's layers lie, in words."""

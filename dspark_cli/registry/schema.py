@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,7 +69,7 @@ class KnownDrafter(_Table):
     def _floats(cls, value: Any) -> Any:
         return {key: float(v) if isinstance(v, int) else v for key, v in value.items()} if _is_table(value) else value
 
-    @cached_property
+    @property
     def path(self) -> Path | None:
         """Where it lies on this disk (a file, or the folder of a checkpoint); None if it does not."""
         from dspark_cli.registry.disk import builtin_file, cached_checkpoint, cached_file

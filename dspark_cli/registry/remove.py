@@ -1,0 +1,93 @@
+"""What of the Hub's cache dspark pulled, and taking it away again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dspark_cli.backends.errors import BadInput, DsparkError
+from dspark_cli.registry.disk import hub_cache, repositories
+from dspark_cli.registry.lock import forget, locked, read_lock
+from dspark_cli.registry.models import find
+from dspark_cli.registry.resolve import is_repository
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One repository's files to go; contents that another revision uses stay.
+
+    freed: bytes that come free; links: snapshot entries; blobs: their contents, unfinished downloads included
+    """
+
+    repository: str
+    links: list[Path]
+    blobs: list[Path]
+    freed: int
+
+
+def removal(model: str) -> list[Removal]:
+    """What `rm model` would take away: the target's files and, unless another pulled model uses it, its drafter's."""
+    targets = [model] if is_repository(model) else repositories(entry := find(model))
+    if not is_repository(model):
+        if entry.package:
+            raise BadInput(
+                f"{entry.name} came with a Python package", hint=f"pip uninstall {entry.package.replace('_', '-')}"
+            )
+        targets += [entry.safetensors] if entry.safetensors else []
+        targets += [
+            d.repository for d in entry.drafter if d.repository and not _used_elsewhere(d.repository, entry.name)
+        ]
+    found = [plan for repository in dict.fromkeys(targets) if (plan := _of(repository)) is not None]
+    if not found:
+        raise DsparkError(f"nothing of {model} is on this disk", hint="dspark models")
+    return found
+
+
+def pulled() -> list[Removal]:
+    """Every repository in the lock file with what it takes on disk."""
+    return [plan for repository in read_lock() if (plan := _of(repository)) is not None]
+
+
+def carry_out(removals: list[Removal]) -> int:
+    """Delete; returns the bytes freed. Raises DsparkError when a file cannot be deleted."""
+    for item in removals:
+        try:
+            for path in (*item.links, *item.blobs):
+                path.unlink(missing_ok=True)
+            for folder in sorted({path.parent for path in item.links}, reverse=True):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+        except OSError as error:
+            raise DsparkError(f"{error.filename} cannot be deleted: {error.strerror}") from None
+        forget(item.repository)
+    return sum(item.freed for item in removals)
+
+
+def _of(repository: str) -> Removal | None:
+    from huggingface_hub.file_download import repo_folder_name
+
+    root = hub_cache() / repo_folder_name(repo_id=repository, repo_type="model")
+    if not root.is_dir():
+        return None
+    entry = locked(repository)
+    snapshots = root / "snapshots"
+    mine = [snapshots / entry.revision] if entry is not None else list(snapshots.glob("*"))
+    links = [path for folder in mine for path in folder.rglob("*") if not path.is_dir()]
+    own = set(links)
+    others = {path.resolve() for path in snapshots.rglob("*") if path.is_symlink() and path not in own}
+    blobs = {path.resolve() for path in links if path.is_symlink()} - others
+    blobs = {path for path in blobs if path.is_relative_to(root.resolve()) and path.is_file()}
+    blobs |= set((root / "blobs").glob("*.incomplete")) if (root / "blobs").is_dir() else set()
+    copies = [path for path in links if not path.is_symlink()]
+    freed = sum(path.stat().st_size for path in (*blobs, *copies))
+    return Removal(repository, links, sorted(blobs), freed) if links or blobs else None
+
+
+def _used_elsewhere(repository: str, name: str) -> bool:
+    """Whether another target with files here has this drafter."""
+    from dspark_cli.registry.models import load_models
+
+    return any(
+        entry.name != name and any(d.repository == repository for d in entry.drafter) and entry.on_disk()
+        for entry in load_models().values()
+    )
