@@ -65,11 +65,10 @@ def admit(
 
 def _best_count(falling: Array, requests: int, ms: Array, carry: tuple[float, float], early_stop: bool) -> int:
     """How many of the survivals (already in falling order) to admit."""
-    rate = np.empty(len(falling) + 1)
-    rate[0] = 0.0
-    np.cumsum(falling, out=rate[1:])
-    rate += requests + carry[0]
-    rate /= ms[: len(rate)] + carry[1]
+    tokens = np.empty(len(falling) + 1)
+    tokens[0] = start = requests + carry[0]
+    np.add(falling.cumsum(), start, out=tokens[1:])
+    rate = tokens / (ms[: len(tokens)] + carry[1])
     if not early_stop:
         return int(rate.argmax())
     drops = np.flatnonzero(rate[1:] <= rate[:-1])

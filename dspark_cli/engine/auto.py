@@ -6,6 +6,7 @@ output keeps the target's law. What a token is worth is counted in tokens of pla
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +24,11 @@ from dspark_cli.engine.schedule import Outcome, Schedule, likely
 OWN_HISTORY = ("lookup",)  # drafters whose confidence is what became of their recent drafts
 FADE = 0.98  # the recent past that a round's rate is counted with: about 50 rounds
 AFTER_PARKING = 0.7  # how much of what was learned of a drafter still counts at a probe
-REVIEW = 8  # rounds between two choices of the block to draft
+ENOUGH = 8  # drafts seen before the block to draft is chosen by them
+REVIEW = 32  # rounds between two choices of the block to draft
 TRUSTED = 1.05  # a drafter that gained this much in earlier runs, at this machine's costs, gets more patience
 HOPELESS = 0.95  # one that would have lost this much is parked before its first pass
+NOTHING: Array = np.empty(0)
 
 
 @dataclass
@@ -42,18 +45,25 @@ class Belief:
     platt: OnlinePlatt = field(default_factory=OnlinePlatt)
     history: PositionHistory = field(default_factory=PositionHistory)
 
-    def logits(self, drafts: Sequence[Draft]) -> list[Array]:
-        """Per draft the logits [k] of its confidences after STS."""
+    def of(self, drafts: Sequence[Draft]) -> tuple[list[Array], list[Array]]:
+        """(survivals, logits of the confidences after STS) of drafts that are not empty, one array [k] each."""
         sizes = [len(draft) for draft in drafts]
         width = max(sizes)
-        unknown = logit(self.history.upto(width)) if any(d.confidence is None for d in drafts) else None
-        if unknown is not None:
-            return [unknown[:n] for n in sizes]
-        joined = logit(np.concatenate([d.confidence for d in drafts]).astype(np.float64))  # type: ignore[misc]
-        if self.sts.temperatures:
-            temperatures = self.sts.upto(width)
-            joined = joined / np.concatenate([temperatures[:n] for n in sizes])
-        return np.split(joined, np.cumsum(sizes)[:-1]) if len(sizes) > 1 else [joined]
+        if any(d.confidence is None for d in drafts):
+            mean = self.history.upto(width)
+            joined, conditional = logit(mean), mean
+            bounds = [slice(0, n) for n in sizes]
+        else:
+            first = drafts[0].confidence
+            together = first if len(drafts) == 1 else np.concatenate([d.confidence for d in drafts])  # type: ignore[misc]
+            joined = logit(together)  # type: ignore[arg-type]
+            if self.sts.temperatures:
+                temperatures = self.sts.upto(width)
+                joined = joined / np.concatenate([temperatures[:n] for n in sizes])
+            conditional = self.platt(joined)
+            ends = list(itertools.accumulate(sizes))
+            bounds = [slice(end - n, end) for end, n in zip(ends, sizes, strict=True)]
+        return [conditional[where].cumprod() for where in bounds], [joined[where] for where in bounds]
 
     def learn(self, seen: Sequence[tuple[Outcome, Array]]) -> None:
         """Outcomes of one round with the logits they were judged by."""
@@ -66,21 +76,40 @@ class Belief:
             logits.append(x[:reached])
             happened.append(np.arange(reached) < outcome.kept)
         if logits and self.learns:
-            self.platt.update(np.concatenate(logits), np.concatenate(happened).astype(np.float64))
+            alone = len(logits) == 1
+            self.platt.update(*((logits[0], happened[0]) if alone else map(np.concatenate, (logits, happened))))
 
 
 @dataclass
 class _Plan:
-    """One round on its way from `block` to `observe`."""
+    """One round on its way from `block` to `observe`.
+
+    verify: ms [1 + all limits] of a pass with 0, 1, ... draft tokens;  plain: ms of a round without any
+    worth:  tokens that all requests together make in a ms
+    passed: the largest block that the drafter's pass drafts, 0 without a pass;  pass_ms: what that costs
+    """
 
     shared: int
     depth: float
-    blocks: Sequence[int]
-    passed: int = 0  # the largest block that the drafter's pass drafts; 0 without a pass
+    limits: Sequence[int]
+    verify: Array
+    plain: float
+    worth: float
+    passed: int = 0
+    pass_ms: float = 0.0
     survival: Sequence[Array] = ()
     logits: Sequence[Array] = ()
-    expected: float = 0.0  # tokens per request
+    expected: float = 1.0  # tokens per request
     verified: int = 0
+
+    def round_ms(self, size: int) -> Array:
+        """ms [size + 1] of the round by the number of draft tokens it verifies."""
+        return self.verify[: size + 1] + (self.plain - self.verify[0] + self.pass_ms)
+
+    def gain(self, survival: Array) -> float:
+        """Tokens that verifying the best prefix of a draft gains over not verifying it."""
+        extra = self.verify[1 : len(survival) + 1] - self.verify[0]
+        return max(0.0, float((survival.cumsum() - extra * self.worth).max()))
 
 
 class AutoSchedule(Schedule):
@@ -109,20 +138,25 @@ class AutoSchedule(Schedule):
         self.pass_guard = Guard()
         # A quick draft costs nothing until it is verified, and its first token is judged by the bonus token for free.
         self.quick_guard = Guard(first_wait=4)
-        self._plan = _Plan(1, 0.0, ())
+        self._plan = _Plan(1, 0.0, (), np.zeros(1), 1.0, 1.0)
         self._past = (0.0, 0.0)  # tokens, and their cost in plain tokens, of the recent rounds
         self._promise: float | None = None  # tokens that a pass gains a request, its own cost not counted
         self._recent: deque[Array] = deque(maxlen=48)  # survivals [k] of drafts that passes made
         self._block: tuple[int, int] = (0, 0)  # block to draft, rounds until it is chosen again
         self._pass_sources: set[str] = set()
-        self._smooth: tuple[tuple[int, int], Array] | None = None
+        self._smooth: tuple[Array, int] = (NOTHING, 0)
         self._parked: str | None = None
         self._judged_earlier = False
 
     # -- whether to draft ----------------------------------------------------------------------------------------------
 
     def block(self, limits: Sequence[int], depth: float) -> list[int]:
-        self._plan = _Plan(len(limits), depth, limits)
+        shared = len(limits)
+        verify = self.costs.verify_ms(shared, depth, shared + sum(limits))[shared:]
+        plain = float(verify[0]) + self.costs.own_ms
+        tokens, cost = self._past
+        rate = max(1.0, (tokens + 1.0) / (cost + 1.0))  # plain decoding's, or that of recent rounds if it is better
+        self._plan = _Plan(shared, depth, limits, verify, plain, worth=shared * rate / plain)
         return list(limits)
 
     def passes(self, blocks: Sequence[int], quick: Sequence[Draft]) -> list[int]:
@@ -134,15 +168,22 @@ class AutoSchedule(Schedule):
         if not self.pass_guard.active:
             return [0] * len(blocks)
         wanted = min(wanted, self._pass_block(wanted))
-        worth = self._worth(plan.shared)
-        cost = self.costs.pass_ms(plan.shared, wanted) * worth / plan.shared
-        asked = []
-        for block, draft in zip(blocks, quick, strict=True):
-            gain = self._gain(self._beliefs([draft])[0][0], worth) if len(draft) and self.quick_guard.active else 0.0
-            better = likely(draft, block) if self._promise is None else gain >= self._promise - cost
-            asked.append(0 if gain > 0 and better else min(block, wanted))
+        pass_ms = self.costs.pass_ms(plan.shared, wanted)
+        promise = None if self._promise is None else self._promise - pass_ms * plan.worth / plan.shared
+        asked = [
+            0 if len(draft) and self._beats(draft, block, promise) else min(block, wanted)
+            for block, draft in zip(blocks, quick, strict=True)
+        ]
         plan.passed = max(asked)
+        plan.pass_ms = pass_ms if plan.passed else 0.0
         return asked
+
+    def _beats(self, quick: Draft, block: int, promise: float | None) -> bool:
+        """Whether a quick draft gains more than the pass does on average (`promise`, its cost taken off)."""
+        if not self.quick_guard.active:
+            return False
+        gain = self._plan.gain(self._beliefs([quick])[0][0])
+        return gain > 0 and (likely(quick, block) if promise is None else gain >= promise)
 
     def _judge_earlier_runs(self, block: int) -> None:
         """Before the first pass: what earlier runs of this drafter saw may say that it pays here, or that it cannot."""
@@ -152,10 +193,10 @@ class AutoSchedule(Schedule):
         known = next((b.survival for source, b in self.beliefs.items() if source != "lookup" and b.survival), ())[
             :block
         ]
-        if known:
+        if known and self._plan.shared == 1:
             tokens = 1.0 + np.concatenate([[0.0], np.cumsum(known)])
-            speed = tokens / self._round_ms(len(known), passed=block) * self.costs.plain_ms(1, self._plan.depth)
-            rate = float(speed.max())
+            ms = self._plan.round_ms(len(known)) + self.costs.pass_ms(1, block)
+            rate = float((tokens / ms).max()) * self._plan.plain
             self.pass_guard = Guard(trusted=rate >= TRUSTED)
             if rate < HOPELESS:
                 self.pass_guard.park(rate, "expected")
@@ -163,120 +204,89 @@ class AutoSchedule(Schedule):
     def _pass_block(self, limit: int) -> int:
         """The block whose tokens pay for what drafting them costs, over the drafts of the recent past."""
         block, left = self._block
-        if left > 0 and block:
+        if left > 0:
             self._block = (block, left - 1)
             return block
-        best = limit
-        if len(self._recent) >= REVIEW and self.costs.draft is not None:
-            shared, worth = self._plan.shared, self._worth(self._plan.shared)
-            gains = np.stack([_extended(a, limit) for a in self._recent]).cumsum(axis=1) - self._extra_ms(limit) * worth
+        best, plan = limit, self._plan
+        if len(self._recent) >= ENOUGH and self.costs.draft is not None:
+            extra = (plan.verify[1 : limit + 1] - plan.verify[0]) * plan.worth
+            gains = np.stack([_extended(a, limit) for a in self._recent]).cumsum(axis=1) - extra
             best_upto = np.maximum.accumulate(np.maximum(gains, 0.0), axis=1).mean(axis=0)
-            costs = [self.costs.pass_ms(shared, b + 1) * worth / shared for b in range(limit)]
+            costs = [self.costs.pass_ms(plan.shared, b + 1) * plan.worth / plan.shared for b in range(limit)]
             best = int((best_upto - costs).argmax()) + 1
-        self._block = (best, REVIEW)
+        self._block = (best, REVIEW if len(self._recent) >= ENOUGH else ENOUGH)
         return best
-
-    def _worth(self, shared: int) -> float:
-        """Tokens that all requests together make in a ms: plain decoding's, or the recent rate if that is better."""
-        tokens, cost = self._past
-        rate = max(1.0, (tokens + 1.0) / (cost + 1.0))
-        return shared * rate / self.costs.plain_ms(shared, self._plan.depth)
-
-    def _extra_ms(self, size: int) -> Array:
-        """ms [size] that verifying 1, 2, ... draft tokens adds to a plain round."""
-        shared = self._plan.shared
-        verify = self.costs.verify_ms(shared, self._plan.depth, shared + size)
-        return verify[shared + 1 :] - verify[shared]
-
-    def _gain(self, survival: Array, worth: float) -> float:
-        """Tokens that verifying the best prefix of a draft gains over not verifying it."""
-        gains = survival.cumsum() - self._extra_ms(len(survival)) * worth
-        return max(0.0, float(gains.max()))
 
     # -- how much to verify --------------------------------------------------------------------------------------------
 
     def choose(self, drafts: Sequence[Draft]) -> list[int]:
         plan = self._plan
         plan.survival, plan.logits = self._beliefs(drafts)
-        offered = self._offered(drafts, plan.survival)
-        sizes = [len(a) for a in offered]
-        if not any(sizes):
-            plan.expected, plan.verified = 1.0, 0
+        offered = self._offered(plan.survival)
+        size = sum(map(len, offered))
+        if not size:
             return [0] * len(drafts)
         sampled = any(d.probs is not None for d in drafts)
-        ms = self._round_ms(sum(plan.blocks) if sampled else sum(sizes), plan.passed)
-        if sampled:
-            ms = self._smoothed(ms)
+        # Smoothed over all that could have been drafted: how much was is the drafter's knowledge, not the past's.
+        ms = self._smoothed(plan.round_ms(len(plan.verify) - 1)) if sampled else plan.round_ms(size)
         tokens, cost = self._past
-        carry = (tokens * plan.shared, min(cost, tokens) * self.costs.plain_ms(plan.shared, plan.depth))
+        carry = (tokens * plan.shared, min(cost, tokens) * plan.plain)
         cap = None if self.cap is None else self.cap - plan.shared
         lengths = admit(offered, ms, early_stop=sampled, carry=carry, cap=cap)
         plan.verified = sum(lengths)
-        promised = sum(float(a[:n].sum()) for a, n in zip(offered, lengths, strict=True) if n)
-        plan.expected = 1.0 + promised / plan.shared
+        plan.expected += sum(float(a[:n].sum()) for a, n in zip(offered, lengths, strict=True) if n) / plan.shared
         return lengths
 
     def _beliefs(self, drafts: Sequence[Draft]) -> tuple[list[Array], list[Array]]:
         """(survivals, logits), one array [k] a draft."""
-        nothing = np.empty(0)
-        survival, logits = [nothing] * len(drafts), [nothing] * len(drafts)
-        for source in dict.fromkeys(d.source for d in drafts if len(d)):
-            belief = self._belief(source)
+        survival, logits = [NOTHING] * len(drafts), [NOTHING] * len(drafts)
+        for source in {d.source for d in drafts if len(d)}:
             mine = [i for i, d in enumerate(drafts) if len(d) and d.source == source]
-            for i, x in zip(mine, belief.logits([drafts[i] for i in mine]), strict=True):
-                known = drafts[i].confidence is not None
-                logits[i] = x
-                survival[i] = np.cumprod(belief.platt(x) if known else belief.history.upto(len(x)))
+            found = self._belief(source).of([drafts[i] for i in mine])
+            for i, a, x in zip(mine, *found, strict=True):
+                survival[i], logits[i] = a, x
         return survival, logits
 
     def _belief(self, source: str) -> Belief:
-        return self.beliefs.setdefault(source, Belief(learns=source not in OWN_HISTORY))
+        if source not in self.beliefs:
+            self.beliefs[source] = Belief(learns=source not in OWN_HISTORY)
+        return self.beliefs[source]
 
-    def _offered(self, drafts: Sequence[Draft], survival: Sequence[Array]) -> Sequence[Array]:
+    def _offered(self, survival: Sequence[Array]) -> Sequence[Array]:
         """Survivals of what may be verified: nothing of quick drafts while those are parked."""
         if self._plan.passed or self.quick_guard.active:
             return survival
-        worth = self._worth(self._plan.shared)
-        if any(self._gain(a, worth) > 0 for a in survival if len(a)):
+        if any(self._plan.gain(a) > 0 for a in survival if len(a)):
             self.quick_guard.skipped()
-        return [a[:0] for a in survival]
-
-    def _round_ms(self, size: int, passed: int) -> Array:
-        """ms [size + 1] of this round by the number of draft tokens it verifies."""
-        plan = self._plan
-        fixed = self.costs.own_ms + (self.costs.pass_ms(plan.shared, passed) if passed else 0.0)
-        return self.costs.verify_ms(plan.shared, plan.depth, plan.shared + size)[plan.shared :] + fixed
+        return [NOTHING for _ in survival]
 
     def _smoothed(self, ms: Array) -> Array:
-        """The convex curve below `ms` (over what could have been drafted, whatever was); long ones are kept a while."""
-        key = (len(ms), self._plan.shared)
-        if len(ms) <= 64:
-            return convex_minorant(ms)
-        if self._smooth is None or self._smooth[0] != key or self.costs.verify.version % 16 == 0:
-            self._smooth = (key, convex_minorant(ms))
-        return self._smooth[1]
+        """The convex curve below `ms`, kept for some rounds: costs change slowly, and one over many requests is long."""
+        kept, left = self._smooth
+        if left <= 0 or len(kept) != len(ms):
+            kept, left = convex_minorant(ms), REVIEW
+        self._smooth = (kept, left - 1)
+        return kept
 
     # -- what came of it -----------------------------------------------------------------------------------------------
 
     def observe(self, outcomes: Sequence[Outcome], times: Times) -> None:
         plan, costs, shared = self._plan, self.costs, len(outcomes)
-        costs.observe_verify(shared, shared + plan.verified, plan.depth, times.verify)
-        costs.observe_overhead(times.own, times.inject if plan.passed else None)
-        if plan.passed:
-            costs.observe_draft(shared, plan.passed, times.draft)
-        self._learn(outcomes)
-
-        plain_ms = costs.plain_ms(shared, plan.depth)
-        cost = float(self._round_ms(plan.verified, plan.passed)[plan.verified]) / plain_ms
+        cost = float(plan.verify[plan.verified] - plan.verify[0] + plan.plain + plan.pass_ms) / plan.plain
         brought = 1.0 + sum(o.accepted for o in outcomes) / shared
         self._past = (self._past[0] * FADE + brought, self._past[1] * FADE + cost)
+        costs.observe_verify(shared, shared + plan.verified, plan.depth, times.verify)
+        costs.observe_overhead(times.own, times.inject if plan.passed else None)
+        self._learn(outcomes)
         if plan.passed:
-            worth = self._worth(shared)
-            extra = float(self._extra_ms(plan.verified)[-1]) * worth / shared if plan.verified else 0.0
+            costs.observe_draft(shared, plan.passed, times.draft)
+            extra = float(plan.verify[plan.verified] - plan.verify[0]) * plan.worth / shared
             gain = plan.expected - 1.0 - extra
             self._promise = gain if self._promise is None else self._promise + 0.1 * (gain - self._promise)
-            self._pass_sources.update(o.draft.source for o in outcomes if len(o.draft))
-            self._recent.extend(a for a, o in zip(plan.survival, outcomes, strict=True) if len(o.draft))
+            for a, o in zip(plan.survival, outcomes, strict=True):
+                if len(a):
+                    self._pass_sources.add(o.draft.source)
+                    self._recent.append(a)
             self.pass_guard.observe(plan.expected, brought, cost)
         else:
             self._skip_pass()

@@ -22,7 +22,7 @@ EDGE = 1e-4  # confidences are kept this far from 0 and 1: no head is surer than
 
 
 def logit(p: Array) -> Array:
-    clipped = np.clip(p, EDGE, 1.0 - EDGE)
+    clipped = np.maximum(np.minimum(p, 1.0 - EDGE), EDGE)  # quicker than np.clip on a few numbers
     return np.log(clipped / (1.0 - clipped))
 
 
@@ -193,28 +193,21 @@ class OnlinePlatt:
         if not len(logits):
             return
         p = self(logits)
-        weight = np.maximum(p * (1.0 - p), 0.02)  # a very sure belief must still be able to turn
-        error = happened - p
+        weight = np.maximum(p - p * p, 0.02)  # a very sure belief must still be able to turn
+        error, weighted, ones = happened - p, weight * logits, np.ones(len(logits))
         keep = (1.0 - 1.0 / self.memory) ** len(logits)
-        ss, sb, bb = (
-            keep * old + (1.0 - keep) * prior + new
-            for old, prior, new in zip(
-                self._information,
-                self._PRIOR,
-                (float(weight @ logits**2), float(weight @ logits), float(weight.sum())),
-                strict=True,
-            )
-        )
+        new = (float(weighted.dot(logits)), float(weighted.dot(ones)), float(weight.dot(ones)))
+        old, prior = self._information, self._PRIOR
+        ss, sb, bb = (keep * o + (1.0 - keep) * p0 + n for o, p0, n in zip(old, prior, new, strict=True))
         # The prior pulls as much as it was topped up.
-        pull_slope = float(error @ logits) + (1.0 - keep) * self._PRIOR[0] * (1.0 - self.slope)
-        pull_offset = float(error.sum()) - (1.0 - keep) * self._PRIOR[2] * self.offset
+        pull_slope = float(error.dot(logits)) + (1.0 - keep) * prior[0] * (1.0 - self.slope)
+        pull_offset = float(error.dot(ones)) - (1.0 - keep) * prior[2] * self.offset
         determinant = ss * bb - sb * sb
         self.slope += (bb * pull_slope - sb * pull_offset) / determinant
         self.offset += (ss * pull_offset - sb * pull_slope) / determinant
         self.slope = min(max(self.slope, 0.05), 3.0)
         self.offset = min(max(self.offset, -6.0), 6.0)
         self._information = (ss, sb, bb)
-
 
     def fade(self, share: float) -> None:
         """Time went by without evidence: what was learned counts for `share` of what it did."""

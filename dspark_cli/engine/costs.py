@@ -36,7 +36,7 @@ class Curve:
         self.known = {int(n): float(ms) for n, ms in sorted(known.items())}
         self.profiled = dict(self.known)
         self.seen: dict[int, int] = {}
-        self.version = 0
+        self._stale = False
         self._ms = self._dense(max(size or 0, max(self.known)))
 
     def _dense(self, size: int) -> Array:
@@ -52,32 +52,28 @@ class Curve:
 
     def upto(self, size: int) -> Array:
         """ms [size + 1] (a view, index = tokens)."""
-        if size >= len(self._ms):
-            self._ms = self._dense(size + size // 4)
+        if self._stale or size >= len(self._ms):
+            self._ms = self._dense(max(size + size // 4, len(self._ms) - 1))
+            self._stale = False
         return self._ms[: size + 1]
 
     def at(self, tokens: int) -> float:
-        return float(self.upto(tokens)[tokens])
+        known = self.known.get(tokens)
+        return float(self.upto(tokens)[tokens]) if known is None else known
 
     def refine(self, tokens: int, ratio: float) -> None:
         """A pass of `tokens` took `ratio` times what `at(tokens)` says."""
         seen = self.seen[tokens] = self.seen.get(tokens, 0) + 1
         fresh = tokens not in self.known
-        rate = 1.0 if fresh else max(CELL_RATE, 1.0 / (seen + (PROFILE_WEIGHT if tokens in self.profiled else 0)))
+        weight = PROFILE_WEIGHT if tokens in self.profiled else 0
+        rate = 1.0 if fresh else max(CELL_RATE, 1.0 / (seen + weight))
         self.known[tokens] = self.at(tokens) * ratio**rate
         if fresh:
             self.known = dict(sorted(self.known.items()))
-            self._ms = self._dense(len(self._ms) - 1)
-        elif len(self.known) < len(self._ms) - 1:
-            self._interpolate_around(tokens)
+        if fresh or not (tokens - 1 in self.known and tokens + 1 in self.known):
+            self._stale = True  # neighbours that were never measured move with it
         else:
             self._ms[tokens] = self.known[tokens]
-        self.version += 1
-
-    def _interpolate_around(self, tokens: int) -> None:
-        self._ms[tokens] = self.known[tokens]
-        if tokens + 1 not in self.known or tokens - 1 not in self.known:
-            self._ms = self._dense(len(self._ms) - 1)
 
     def disagreement(self) -> float:
         """How far apart the online corrections of well-seen profiled points are (1 = the profile's shape holds)."""
