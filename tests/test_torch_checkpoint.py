@@ -223,9 +223,9 @@ def test_a_fitting_pair(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"n_vocab": 44}, "vocabulary has 40 tokens, the target's 44"),
+        ({"n_vocab": 44}, "vocabulary of 40 tokens, the target has 44"),
         ({"n_embd": 32}, "hidden states of 16, the target has 32"),
-        ({"n_layer": 2}, r"reads target layers \[2\], the target has 2"),
+        ({"n_layer": 2}, "output of layer 2, the target has usable layers -1 to 1"),
         ({"n_layer": 5}, "for a target of 4 layers, this one has 5"),
     ],
 )

@@ -18,46 +18,23 @@ from dspark_cli.backends.base import EMPTY_DRAFT, Draft, Drafter, DraftRequest, 
 from dspark_cli.backends.llamacpp import native
 from dspark_cli.backends.llamacpp.context import Context, ContextOptions
 from dspark_cli.backends.llamacpp.header import read_tensor, tensor_infos
-from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE, Model, tokens_agree
+from dspark_cli.backends.llamacpp.model import Model, tokens_agree
 from dspark_cli.backends.llamacpp.native import Batch, lib
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
+from dspark_cli.backends.pairing import DrafterFacts, TargetFacts, check_gguf, refusal
 
 
-def check_pair(drafter: Model, target: Model) -> None:
-    """Refuse a drafter made for another target. Raises PairMismatch with what differs."""
-
-    def refuse(reason: str) -> PairMismatch:
-        return PairMismatch(
-            f"{drafter.path.name} is not a drafter for {target.path.name}: {reason}",
-            hint="--drafter lookup, or a drafter trained for this target",
-        )
-
-    if drafter.architecture != DRAFTER_ARCHITECTURE:
-        raise refuse(f"its architecture is {drafter.architecture!r}, not {DRAFTER_ARCHITECTURE!r}")
-    if drafter.n_embd != target.n_embd:
-        raise refuse(f"hidden size {drafter.n_embd}, the target has {target.n_embd}")
-    layers = native.layer_ids(drafter.handle)
-    beyond = [layer for layer in layers if not -1 <= layer < target.n_layer - 1]
-    if beyond:
-        raise refuse(
-            f"it reads the output of layer {beyond[0]}, the target has usable layers -1 to {target.n_layer - 2}"
-        )
-    if drafter.meta("tokenizer.ggml.mask_token_id") is None:
-        raise refuse("it names no mask token (tokenizer.ggml.mask_token_id)")
-    agree, difference = tokens_agree(target, drafter)
-    if not agree:
-        raise refuse(difference)
-
-
-def check_head(heads: HeadWeights, drafter: Model, target: Model) -> None:
-    """Refuse a file whose output head cannot run: libllama would abort the process, or misread the rows."""
-    if heads.has_d2t and not heads.has_output:
-        raise PairMismatch(f"{drafter.path.name} has a reduced vocabulary (d2t) but no output head of its own")
-    if not heads.has_output and drafter.n_vocab != target.n_vocab:
-        raise PairMismatch(
-            f"{drafter.path.name} borrows the output head of {target.path.name}, which has {target.n_vocab} tokens; "
-            f"the drafter's vocabulary has {drafter.n_vocab}"
-        )
+def facts_of(target: Model) -> TargetFacts:
+    """What a pair check must know of a loaded target."""
+    theta = target.meta(f"{target.architecture}.rope.freq_base")
+    return TargetFacts(
+        name=target.path.name,
+        n_vocab=target.n_vocab,
+        n_embd=target.n_embd,
+        n_layer=target.n_layer,
+        last_layer=target.n_layer - 2,
+        rope_theta=float(theta) if theta else None,
+    )
 
 
 def to_width(logits: FloatArray, n_vocab: int) -> FloatArray:
@@ -73,12 +50,14 @@ class LlamaCppDrafter(Drafter):
     def __init__(self, path: str | Path, target: LlamaCppTarget, options: ContextOptions | None = None) -> None:
         options = options or ContextOptions(n_seq=target.info.n_seq)
         self._target = target
+        facts = check_gguf(Path(path), facts_of(target.model))
         self.model = Model(path, gpu_layers=options.gpu_layers)
         self.context: Any = None
         try:
-            check_pair(self.model, target.model)
-            self._read_metadata()
-            check_head(self._heads, self.model, target.model)
+            agree, difference = tokens_agree(target.model, self.model)
+            if not agree:
+                raise refusal(facts.name, target.model.path.name, difference)
+            self._read_metadata(facts)
             n_ctx = target.info.n_ctx + self.block_size + 1
             self.context = Context(self.model, options, n_ctx=n_ctx, other=target.context.handle)
             native.export("llama_set_embeddings_nextn")(self.context.handle, True, True)
@@ -90,15 +69,13 @@ class LlamaCppDrafter(Drafter):
             raise
         self.name = self.model.path.name
 
-    def _read_metadata(self) -> None:
+    def _read_metadata(self, facts: DrafterFacts) -> None:
         self._heads = HeadWeights(self.model.path)
-        self.kind = "dspark" if self._heads.has_markov else "dflash"
+        self.kind = facts.kind
         self.has_confidence = self._heads.has_confidence
-        # Unless the file says otherwise, DSpark predicts at the anchor's slot and DFlash (z-lab) does not.
-        anchored = (self.model.meta("dflash.sample_from_anchor") or str(self._heads.has_markov).lower()) == "true"
-        self._skip = 0 if anchored else 1
-        self.block_size = int(self.model.meta("dflash.block_size") or 16) - self._skip
-        self._mask = int(self.model.meta("tokenizer.ggml.mask_token_id") or 0)
+        self._skip = facts.rows - facts.block_size
+        self.block_size = facts.block_size
+        self._mask = facts.mask or 0
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         wanted = [min(request.block, self.block_size) for request in requests]
@@ -215,7 +192,6 @@ class HeadWeights:
         self._tensors = tensor_infos(path)
         self.has_markov = "markov_w1.weight" in self._tensors
         self.has_confidence = self.has_markov and "conf_proj.weight" in self._tensors
-        self.has_output = "output.weight" in self._tensors
         self.has_d2t = "d2t" in self._tensors
 
     def _array(self, name: str) -> Any:

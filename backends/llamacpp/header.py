@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -110,11 +111,18 @@ class _Cursor:
 def read_header(path: Path) -> Header:
     """Metadata and tensors of the file. Raises DsparkError for a header that is damaged or claims more than the file has."""
     try:
+        return _read_cached(path, path.stat().st_mtime_ns)
+    except OSError as error:
+        raise DsparkError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+@lru_cache(maxsize=4)  # a pair check, the memory plan and the drafter itself all ask
+def _read_cached(path: Path, changed_ns: int) -> Header:
+    del changed_ns
+    try:
         data = memoryview(np.memmap(path, dtype=np.uint8, mode="r").data)
         header = _read(_Cursor(data))
         _check_extent(header, len(data))
-    except OSError as error:
-        raise DsparkError(f"{path} cannot be read: {error.strerror or error}") from None
     except (
         struct.error,
         KeyError,

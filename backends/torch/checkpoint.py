@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dspark_cli.backends.base import PairMismatch
+from dspark_cli.backends.pairing import DrafterFacts, TargetFacts, check
 from dspark_cli.backends.torch.config import BadCheckpoint, DrafterConfig
 from dspark_cli.backends.torch.dialects import read_config
 from dspark_cli.backends.torch.dspark import DSpark
@@ -50,10 +50,10 @@ def load_drafter(
     untrained: accept norms that are all ones (a model saved before its first step).
     """
     config = read_config(folder)
-    weights = read_weights(folder)
     with torch.device("meta"):
         model = build(config)
-    weights = _drop_ignored(weights)
+    _check_shapes(read_shapes(folder), model, folder)
+    weights = _drop_ignored(read_weights(folder))
     if "d2t" in weights and config.reduced:
         weights["d2t"] = absolute_ids(weights["d2t"], config)
     _borrow(weights, config, tables)
@@ -82,7 +82,31 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors in `folder`, from the headers of its files."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise BadCheckpoint(f"{path} cannot be read: {error}", hint="download it again") from None
+    return shapes
+
+
 def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; none of them outside its folder (the Hub's cache links to its own blobs)."""
+    files = _named_weight_files(folder)
+    allowed = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        allowed.append((folder.parent.parent / "blobs").resolve())
+    for path in files:
+        if not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise BadCheckpoint(f"{path} is a link out of its folder, to {path.resolve()}")
+    return files
+
+
+def _named_weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file():
         return [single]
@@ -145,6 +169,14 @@ def _check_keys(weights: Mapping[str, Tensor], model: nn.Module, folder: Path) -
             raise BadCheckpoint(f"{what}{key} has shape {found}, config.json says {needed}")
 
 
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], model: nn.Module, folder: Path) -> None:
+    """Before anything is read: no tensor that the config does not ask for, none of another size."""
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    for key, shape in shapes.items():
+        if key in expected and key not in TIED and shape != expected[key]:
+            raise BadCheckpoint(f"{key} has shape {shape}, config.json of {folder} says {expected[key]}")
+
+
 def _check_values(weights: Mapping[str, Tensor], model: nn.Module, untrained: bool) -> None:
     broken = [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
@@ -166,17 +198,40 @@ def _materialise_rotary(model: DSpark | Eagle3) -> None:
     model.rotary = type(model.rotary)(model.config)
 
 
-def check_pair(config: DrafterConfig, *, n_vocab: int, n_embd: int, n_layer: int, same_tokens: bool = False) -> None:
+def facts_of(config: DrafterConfig, name: str = "the drafter") -> DrafterFacts:
+    """What the pair check must know of a drafter."""
+    return DrafterFacts(
+        name=name,
+        kind=config.kind,
+        n_vocab=config.vocab_size,
+        n_embd=config.target_hidden_size,
+        layers=config.target_layer_ids,
+        block_size=config.block_size,
+        rows=config.block_rows,
+        made_for=config.num_target_layers,
+        mask=config.mask_token_id,
+        rope_theta=config.rope_theta,
+        head_dim=config.head_dim,
+        markov=bool(config.markov_rank),
+        confidence=config.confidence_head,
+        reduced=config.reduced,
+        format="safetensors",
+    )
+
+
+def check_pair(
+    config: DrafterConfig,
+    *,
+    n_vocab: int,
+    n_embd: int,
+    n_layer: int,
+    same_tokens: bool = False,
+    name: str = "the drafter",
+    target: str = "this target",
+) -> None:
     """Raise PairMismatch unless a drafter of `config` fits a target of these sizes.
 
     same_tokens: the caller compared the tokenizers, so vocabulary sizes may differ by padding.
     """
-    if config.vocab_size != n_vocab and not same_tokens:
-        raise PairMismatch(f"the drafter's vocabulary has {config.vocab_size} tokens, the target's {n_vocab}")
-    if config.target_hidden_size != n_embd:
-        raise PairMismatch(f"the drafter reads hidden states of {config.target_hidden_size}, the target has {n_embd}")
-    beyond = [layer for layer in config.target_layer_ids if layer >= n_layer]
-    if beyond:
-        raise PairMismatch(f"the drafter reads target layers {beyond}, the target has {n_layer} (0..{n_layer - 1})")
-    if config.num_target_layers is not None and config.num_target_layers != n_layer:
-        raise PairMismatch(f"the drafter is for a target of {config.num_target_layers} layers, this one has {n_layer}")
+    facts = TargetFacts(target, n_vocab=n_vocab, n_embd=n_embd, n_layer=n_layer, last_layer=n_layer - 1)
+    check(facts_of(config, name), facts, same_tokens=same_tokens)

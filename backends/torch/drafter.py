@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dspark_cli.backends.base import EMPTY_DRAFT, Draft, Drafter, DraftRequest, DsparkError, FloatArray
 from dspark_cli.backends.torch.checkpoint import TargetTables, check_pair, load_drafter
+from dspark_cli.backends.torch.dialects import read_config
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
 from dspark_cli.backends.torch.layers import Attend
@@ -39,8 +40,9 @@ def open_drafter(
     Raises BadCheckpoint for a checkpoint that cannot be used, PairMismatch for one that belongs to another target.
     same_tokens: the caller compared the tokenizers, so the vocabularies may differ by padding.
     """
+    config = read_config(folder)  # the pair is checked before its weights are read
+    check_pair(config, n_vocab=n_vocab, n_embd=n_embd, n_layer=n_layer, same_tokens=same_tokens, name=folder.name)
     model = load_drafter(folder, tables=tables, dtype=dtype, device=device)
-    check_pair(model.config, n_vocab=n_vocab, n_embd=n_embd, n_layer=n_layer, same_tokens=same_tokens)
     return make_drafter(model, name=folder.name, n_vocab=n_vocab)
 
 
