@@ -25,7 +25,7 @@ PADDING = 128
 #: rows of a block beyond which no published drafter goes (16), with room
 LARGEST_BLOCK = 64
 #: bytes of one tensor whose values are looked at: all of a norm, evenly spread rows of a matrix
-LOOKED_AT = 4 << 20
+LOOKED_AT = 1 << 20
 HINT = "--drafter lookup, or a drafter trained for this target"
 
 
@@ -221,7 +221,7 @@ def gguf_drafter(header: Header, path: Path, target: TargetFacts) -> DrafterFact
     anchored = bool(header.of_model("sample_from_anchor", markov))
     rows = int(header.of_model("block_size", 16))
     head_dim = header.of_model("attention.key_length")
-    facts = DrafterFacts(
+    return DrafterFacts(
         name=path.name,
         kind="dspark" if markov else "dflash",
         n_vocab=header.counts.get("tokenizer.ggml.tokens", 0),
@@ -239,7 +239,6 @@ def gguf_drafter(header: Header, path: Path, target: TargetFacts) -> DrafterFact
         reduced="d2t" in header.tensors,
         format="gguf",
     )
-    return facts
 
 
 def check_gguf(path: Path, target: TargetFacts) -> DrafterFacts:
@@ -317,8 +316,6 @@ def _sample(path: Path, info: TensorInfo) -> np.ndarray[tuple[int, ...], np.dtyp
         return np.asarray(read_tensor(path, info))
     row_bytes = info.n_bytes // info.shape[0]
     step = -(-info.n_bytes // LOOKED_AT)
-    rows = (
-        replace(info, shape=(1, info.shape[1]), offset=info.offset + row * row_bytes)
-        for row in range(0, info.shape[0], step)
-    )
-    return np.concatenate([read_tensor(path, row) for row in rows])
+    each = [info.offset + row * row_bytes for row in range(0, info.shape[0], step)]
+    one = (1, info.shape[1])
+    return np.concatenate([read_tensor(path, replace(info, shape=one, offset=offset)) for offset in each])

@@ -541,7 +541,7 @@ def test_padded_vocabulary_cannot_borrow_the_head(
 def test_damaged_drafter(target: LlamaCppTarget, known: Path, folder: Path, no_context: None) -> None:
     path = folder / "cut.gguf"
     path.write_bytes(known.read_bytes()[:1_000_000])
-    with pytest.raises(DsparkError, match=r"cut\.gguf has a damaged GGUF header: tensor .* the file has 1000000"):
+    with pytest.raises(DsparkError, match=r"cut\.gguf has a damaged GGUF header: an array of"):
         LlamaCppDrafter(path, target)
 
 

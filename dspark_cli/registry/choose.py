@@ -10,7 +10,7 @@ with it, the best one without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
@@ -132,11 +132,15 @@ def _on(device: Device, entry: Entry, wish: Wish) -> Iterator[_Candidate]:
     return iter(sorted(found, key=lambda candidate: candidate.quant not in wish.here))
 
 
-def _preference(device: Device):  # type: ignore[no-untyped-def]
-    if device.kind == "cpu":
-        return lambda quant: CPU_ORDER.index(quant) if quant in CPU_ORDER else len(CPU_ORDER) + rank(quant)
-    # F16 and F32 files cost twice what Q8_0 does for no visible gain: last
-    return lambda quant: (quant in ("F32", "F16", "BF16"), rank(quant))
+def _preference(device: Device) -> Callable[[str], tuple[bool, int]]:
+    def on_cpu(quant: str) -> tuple[bool, int]:
+        return quant not in CPU_ORDER, CPU_ORDER.index(quant) if quant in CPU_ORDER else rank(quant)
+
+    def elsewhere(quant: str) -> tuple[bool, int]:
+        # F16 and F32 files cost twice what Q8_0 does for no visible gain: last
+        return quant in ("F32", "F16", "BF16"), rank(quant)
+
+    return on_cpu if device.kind == "cpu" else elsewhere
 
 
 def _drafter(entry: Entry, machine: Machine, wish: Wish) -> tuple[KnownDrafter | None, list[str]]:

@@ -62,6 +62,17 @@ def offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
+def reachable(timeout_s: float = 5.0) -> str | None:
+    """None when the Hub answers anything, else why not. One request, no second try."""
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().get(f"{endpoint()}/api/models?limit=1", timeout=timeout_s)
+    except Exception as error:  # whatever it is, it is the answer
+        return f"{type(error).__name__}: {error}".removesuffix(": ")
+    return None
+
+
 def list_files(repository: str, revision: str = "main") -> Listing:
     """Every file with size and hash, in one request. Raises DsparkError or NotReady that says what to do."""
     from huggingface_hub import HfApi
