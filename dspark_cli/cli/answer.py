@@ -14,6 +14,7 @@ from dspark_cli.engine.stats import Stats, ids_sha256
 if TYPE_CHECKING:
     from dspark_cli.engine.rounds import Request, Round
     from dspark_cli.engine.session import Session
+    from dspark_cli.engine.watch import Watch
 
 
 @dataclass
@@ -37,11 +38,16 @@ class Answer:
             self.sources[item.source] = self.sources.get(item.source, 0) + item.accepted
 
 
-def stream(rounds: Iterator[Round], answer: Answer, *, echo: bool = True) -> None:
-    """Read `rounds` to their end into `answer`; with `echo` the text goes to stdout as it comes."""
+def stream(rounds: Iterator[Round], answer: Answer, *, echo: bool = True, watch: Watch | None = None) -> None:
+    """Read `rounds` to their end into `answer`; with `echo` the text goes to stdout as it comes.
+
+    watch: warns on stderr, after the answer, about a drafter that never helps.
+    """
+    warning: str | None = None
     try:
         for item in rounds:
             answer.add(item)
+            warning = warning or (watch.add(item) if watch else None)
             if echo and item.text:
                 sys.stdout.write(item.text)
                 sys.stdout.flush()
@@ -49,6 +55,8 @@ def stream(rounds: Iterator[Round], answer: Answer, *, echo: bool = True) -> Non
         rounds.close()  # type: ignore[attr-defined]
         if echo and answer.text and not answer.text.endswith("\n"):
             end_line()
+        if warning:
+            typer.secho(warning, fg="yellow", err=True)
 
 
 def end_line() -> None:

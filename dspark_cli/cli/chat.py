@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dspark_cli.cli.answer import Answer
     from dspark_cli.engine.rounds import SamplingOptions
     from dspark_cli.engine.session import Session
+    from dspark_cli.engine.watch import Watch
 
 HELP = """\
 /help          this list
@@ -69,9 +70,15 @@ def chat(
         seed=seed,
         accept=accept,
     )
-    pair = o.PairOptions(model, drafter, policy, backend, quant, ctx, threads, gpu_layers, kv_type, flash_attn, offline)
+    pair = o.PairOptions(
+        *(model, drafter, policy, backend, quant, ctx, threads, gpu_layers, kv_type, flash_attn, offline),
+        thinking=thinking,
+    )
+    from dspark_cli.engine.watch import Watch
+
     with o.open_session(pair) as session:
         talk = Conversation(session, sampling, max_tokens, thinking, system, show_stats=stats)
+        talk.watch = Watch(session.drafter and session.drafter.kind)
         with line_history():
             Repl(talk, interactive=sys.stdin.isatty()).run()
 
@@ -88,6 +95,7 @@ class Conversation:
     show_stats: bool = True
     messages: list[dict[str, str]] = field(default_factory=list)
     last: Answer | None = None
+    watch: Watch | None = None
 
     def all_messages(self) -> list[dict[str, str]]:
         head = [{"role": "system", "content": self.system}] if self.system else []
@@ -106,7 +114,7 @@ class Conversation:
             request = self.session.chat_request(
                 self.all_messages(), max_tokens=self.max_tokens, sampling=self.sampling, thinking=self.thinking
             )
-            stream(self.session.run(request), answer)
+            stream(self.session.run(request), answer, watch=self.watch)
         finally:
             if answer.tokens:
                 self.last = answer

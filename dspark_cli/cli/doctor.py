@@ -139,7 +139,7 @@ def pair(
     model: str, drafter: str, ctx: int | None, quant: str | None
 ) -> tuple[dict[str, Any] | None, DsparkError | None]:
     """Plan, check and load `model` with its drafter: as far as it goes, and why it went no further."""
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = choice(model, drafter, ctx, quant)
     options = o.PairOptions(model, drafter, None, "auto", quant, ctx, None, None, "f16", "auto", True)
     try:
         found, plan = o.find_pair(options, download=False)
@@ -156,6 +156,31 @@ def pair(
         return facts, None
     except DsparkError as error:
         return facts or None, error
+
+
+def choice(model: str, drafter: str, ctx: int | None, quant: str | None) -> dict[str, Any]:
+    """What `pull` would choose for a known name, whether it is here or not; {} for paths and where nothing fits."""
+    from dspark_cli.registry.choose import choose
+    from dspark_cli.registry.devices import this_machine
+    from dspark_cli.registry.models import names
+
+    entry = names().get(model.lower())
+    if entry is None:
+        return {}
+    try:
+        best = choose(
+            entry, this_machine(), o.wish(quant=quant, drafter="auto" if o.is_path(drafter) else drafter, ctx=ctx)
+        )
+    except DsparkError:
+        return {}
+    where = best.drafter and (best.drafter.repository or best.drafter.builtin)
+    chosen = f"{best.quant} by {best.backend} on {best.plan.device.name}, drafter {where or 'lookup'}"
+    return {
+        "choice": chosen,
+        "plan": best.plan.as_dict(),
+        "plan_lines": plan_lines(best.plan),
+        "notes": list(best.notes),
+    }
 
 
 def check_pair(found: Resolved, drafter: str) -> list[dict[str, Any]]:
@@ -254,6 +279,8 @@ def _print(facts: dict[str, Any]) -> None:
 
 def _print_pair(p: dict[str, Any]) -> None:
     echo = typer.echo
+    if p.get("choice"):
+        echo(f"choice     {p['choice']}")
     for line in p["plan_lines"]:
         echo(f"plan       {line}")
     for check in p.get("checks", []):

@@ -63,8 +63,13 @@ def generate(
         seed=seed,
         accept=accept,
     )
-    pair = o.PairOptions(model, drafter, policy, backend, quant, ctx, threads, gpu_layers, kv_type, flash_attn, offline)
+    pair = o.PairOptions(
+        *(model, drafter, policy, backend, quant, ctx, threads, gpu_layers, kv_type, flash_attn, offline),
+        thinking=thinking,
+        chat=not raw,
+    )
     from dspark_cli.cli.answer import Answer, as_json, print_stats, stream
+    from dspark_cli.engine.watch import Watch
 
     with o.open_session(pair) as session:
         ends = tuple(stop or ())
@@ -80,7 +85,7 @@ def generate(
             raise typer.Exit(_check(session, request, as_json=json))
         answer = Answer()
         try:
-            stream(session.run(request), answer, echo=not json)
+            stream(session.run(request), answer, echo=not json, watch=Watch(session.drafter and session.drafter.kind))
         finally:
             if json and answer.tokens:
                 typer.echo(json_.dumps(as_json(session, request, answer), ensure_ascii=False))

@@ -12,7 +12,7 @@ from dspark_cli.backends.errors import BadInput, NotReady
 
 if TYPE_CHECKING:
     from dspark_cli.engine.rounds import SamplingOptions
-    from dspark_cli.engine.session import Session
+    from dspark_cli.engine.session import OpenOptions, Session
     from dspark_cli.registry.choose import Wish
     from dspark_cli.registry.plan import MemoryPlan
     from dspark_cli.registry.resolve import Resolved
@@ -79,10 +79,22 @@ class PairOptions:
     kv_type: str
     flash_attn: str
     offline: bool
+    thinking: bool | None = None
+    chat: bool = True
 
 
 def open_session(options: PairOptions) -> Session:
     """Resolve names and load the pair. Raises DsparkError, before anything is loaded where that is possible."""
+    return load(options, *find_checked(options))
+
+
+def open_options(options: PairOptions) -> OpenOptions:
+    """What `open_session` would load, for commands that load it more than once."""
+    return loading(options, *find_checked(options))
+
+
+def find_checked(options: PairOptions) -> tuple[Resolved, MemoryPlan]:
+    """`find_pair` after a look at the backend; tells the user the plan and what else there is to say."""
     if options.backend not in BACKENDS:
         if options.backend in ("cuda", "rocm", "metal"):
             raise NotReady(
@@ -92,29 +104,34 @@ def open_session(options: PairOptions) -> Session:
         raise BadInput(f"unknown backend {options.backend!r}: one of {', '.join(BACKENDS)}")
     go_offline(options.offline)
     found, plan = find_pair(options)
-    for line in (plan.line(), *found.notes):
+    for line in (plan.line(), *found.notes, *cautions_about(found, options)):
         typer.secho(line, dim=True, err=True)
-    return load(options, found, plan)
+    return found, plan
 
 
 def load(options: PairOptions, found: Resolved, plan: MemoryPlan) -> Session:
     """The pair as it was found and planned, ready to answer."""
-    from dspark_cli.engine.session import OpenOptions, Session
+    from dspark_cli.engine.session import Session
 
-    return Session.open(
-        OpenOptions(
-            model=found.path,
-            name=found.name,
-            drafter=options.drafter,
-            drafter_path=found.drafter_path,
-            policy=options.policy,
-            ctx=plan.ctx if options.ctx is None else options.ctx,
-            threads=options.threads,
-            gpu_layers=plan.gpu_layers,
-            kv_type=options.kv_type,
-            flash_attn=options.flash_attn,
-            notice=lambda text: typer.secho(text, dim=True, err=True),
-        )
+    return Session.open(loading(options, found, plan))
+
+
+def loading(options: PairOptions, found: Resolved, plan: MemoryPlan) -> OpenOptions:
+    """The engine's words for what was found and planned."""
+    from dspark_cli.engine.session import OpenOptions
+
+    return OpenOptions(
+        model=found.path,
+        name=found.name,
+        drafter=options.drafter,
+        drafter_path=found.drafter_path,
+        policy=options.policy,
+        ctx=plan.ctx if options.ctx is None else options.ctx,
+        threads=options.threads,
+        gpu_layers=plan.gpu_layers,
+        kv_type=options.kv_type,
+        flash_attn=options.flash_attn,
+        notice=lambda text: typer.secho(text, dim=True, err=True),
     )
 
 
@@ -182,7 +199,35 @@ def find_pair(options: PairOptions, *, download: bool = True) -> tuple[Resolved,
     check_drafter(options.drafter)
     own = Path(options.drafter).expanduser()
     plan = plan_for(found, machine, wanted.options, own if own.exists() and is_path(options.drafter) else None)
+    check_card(found)
     return found, plan.or_refuse(found.name)
+
+
+def check_card(found: Resolved) -> None:
+    """A drafter that models.toml knows must draft as many tokens as its card says. Raises PairMismatch."""
+    known = found.resolution.drafter if found.resolution else None
+    if known is None or found.drafter_path is None or found.drafter_path.is_dir() or found.path.is_dir():
+        return
+    from dspark_cli.backends.llamacpp.header import read_header
+    from dspark_cli.backends.pairing import check_published, gguf_drafter, gguf_target
+
+    header = read_header(found.drafter_path)
+    if header.architecture == "dflash" and "block_size" not in known.unconfirmed:
+        target = gguf_target(read_header(found.path), found.path.name)
+        check_published(gguf_drafter(header, found.drafter_path, target), known.block_size)
+
+
+def cautions_about(found: Resolved, options: PairOptions) -> list[str]:
+    """What may make a fitting pair draft badly with these settings."""
+    if found.path.is_dir():
+        return []
+    from dspark_cli.backends.llamacpp.header import read_header
+    from dspark_cli.backends.pairing import cautions, gguf_target
+
+    known = found.resolution.drafter if found.resolution else None
+    target = gguf_target(read_header(found.path), found.path.name)
+    trained = known.thinking if known else None
+    return cautions(target, trained_thinking=trained, thinking=options.thinking, chat=options.chat)
 
 
 def is_path(drafter: str) -> bool:
