@@ -94,7 +94,7 @@ def test_prompts_from_stdin_and_file(tmp_path: Path) -> None:
     [
         (["generate", "smolm2", "hi"], 2, "did you mean smollm2"),
         (["generate", "missing.gguf", "hi"], 1, "missing.gguf does not exist"),
-        (["generate", "qwen3-14b", "hi", "--offline"], 3, "not on this machine"),
+        (["generate", "qwen3-14b", "hi", "--offline"], 3, "is on this machine"),
         (["generate", MODEL, ""], 2, "prompt is empty"),
         (["generate", MODEL, "   \n"], 2, "prompt is empty"),
         (["generate", MODEL, "--file", "nowhere.txt"], 1, "nowhere.txt cannot be read: No such file"),
@@ -138,7 +138,7 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
     from dspark_cli.registry import resolve
 
     (tmp_path / "cut.gguf").write_bytes(resolve(MODEL).path.read_bytes()[:3_000_000])
-    for name, says in (("text.gguf", "not a GGUF"), ("empty.gguf", "not a GGUF"), ("cut.gguf", "cannot be loaded")):
+    for name, says in (("text.gguf", "not a GGUF"), ("empty.gguf", "not a GGUF"), ("cut.gguf", "damaged GGUF header")):
         done = dspark("generate", str(tmp_path / name), "hi")
         assert done.returncode == 1
         assert says in done.stderr.decode()
