@@ -53,11 +53,8 @@ class Watch:
         cause = {
             "small": "another tokenizer or another chat template than the target's",
             "eagle3": "it was trained for another version of this target",
-        }.get(
-            self.kind or "",
-            "it was trained for another target, or its block counts the anchor otherwise, or it is a damaged export",
-        )
+        }.get(self.kind or "", "made for another target, a block that counts the anchor otherwise, or a damaged export")
         return (
-            f"warning: none of {self.verified} tokens that the {self.kind} drafter proposed in {self.rounds} rounds was accepted. "
-            f"Likely cause: {cause}. `dspark doctor MODEL` checks the pair; --drafter lookup does without it"
+            f"warning: of {self.verified} tokens that the {self.kind} drafter proposed in {self.rounds} rounds none was "
+            f"accepted. Likely cause: {cause}. `dspark doctor MODEL` checks the pair; --drafter lookup does without it"
         )

@@ -243,7 +243,7 @@ def _link(store: _Store, file: RemoteFile) -> Path:
     listing = store.listing
     path = Path(
         hub.patiently(
-            lambda: hf_hub_download(listing.repository, file.name, revision=listing.revision),
+            lambda: hf_hub_download(listing.repository, file.name, revision=listing.revision, endpoint=hub.endpoint()),
             what=f"{listing.repository}: {file.name}",
         )
     )
