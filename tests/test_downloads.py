@@ -154,7 +154,7 @@ def test_fifty_interruptions_at_random_points_end_with_the_right_files(server: H
     chance.shuffle(kinds)
     server.pause_s = 0.001
     for kind in kinds:
-        step = chance.randrange(1000, total // 25)
+        step = chance.randrange(1000, total // 60)
         if kind == "kill":
             before = server.sent
             process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE)
@@ -176,10 +176,11 @@ def test_fifty_interruptions_at_random_points_end_with_the_right_files(server: H
     assert list((hub_cache() / "models--tester--tiny-GGUF" / "blobs").glob("*.incomplete")), "it was done too early"
     pull("tiny", machine=MACHINE)
     assert pulled_parts() == PARTS
-    resumed = [span for _, span in contents(server) if span]
-    assert len(resumed) >= 25, "most requests continued a file"
-    # What was sent and thrown away is at most what was in flight at each interruption.
-    assert server.sent < total + 50 * (download.CHUNK + 64 * 8192)
+    begins: dict[str, list[int]] = {}
+    for name, span in contents(server):
+        begins.setdefault(name, []).append(int(span.removeprefix("bytes=")[:-1]) if span else 0)
+    assert sum(start > 0 for starts in begins.values() for start in starts) >= 25, "most requests continued a file"
+    assert all(starts == sorted(starts) for starts in begins.values()), "what had arrived was fetched again"
     assert not list(hub_cache().rglob("*.incomplete"))
 
 

@@ -126,7 +126,8 @@ def test_a_busy_machine_is_measured_but_not_remembered(monkeypatch: pytest.Monke
     monkeypatch.setenv("DSPARK_PROFILE_SECONDS", "5")
     target, drafter, _ = pair(noise=0.6)
     notices: list[str] = []
-    costs, place = costs_of(target, drafter, None, notices.append)
+    place = Place.of(target, drafter, None)
+    costs = costs_of(target, drafter, place, notices.append)
     assert costs.verify.known
     assert not place.path.exists()
     assert any("busy" in n and "not kept" in n for n in notices)
@@ -145,7 +146,7 @@ def test_an_interrupted_measurement_leaves_nothing(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(target, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        costs_of(target, drafter, None, lambda text: None)
+        costs_of(target, drafter, Place.of(target, drafter, None), lambda text: None)
     assert not Place.of(target, drafter, None).path.exists()
     assert target.length(0) == 0
 
@@ -170,7 +171,8 @@ def test_a_clock_that_goes_backwards_is_no_measurement() -> None:
 def test_no_time_to_measure_still_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSPARK_PROFILE_SECONDS", "0")
     target, drafter, clock = pair()
-    costs, place = costs_of(target, drafter, None, lambda text: None)
+    place = Place.of(target, drafter, None)
+    costs = costs_of(target, drafter, place, lambda text: None)
     assert not place.path.exists()
     rounds = list(Engine(target, drafter, AutoSchedule(costs), clock=clock).run([Request([1, 2], 30)]))
     assert sum(len(r.tokens) for r in rounds) == 30

@@ -85,7 +85,7 @@ class SeenSurvival:
             place = int(np.searchsorted(edges, c, side="right"))
             overall = self._share.get((item.source, -1, place), 0.0)
             shares.append(self._share.get((item.source, min(k, 3), place), overall))
-        return np.cumprod(shares)
+        return np.cumprod(shares, dtype=np.float64)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dspark_cli import __version__
-from dspark_cli.cli import bench, chat, doctor, generate, models, pull, rm
+from dspark_cli.cli import bench, calibrate, chat, doctor, generate, models, pull, rm
 from dspark_cli.cli.errors import DsparkGroup
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("models")(models.models)
 app.command("pull")(pull.pull)
 app.command("rm")(rm.rm)
 app.command("bench")(bench.bench)
+app.command("calibrate")(calibrate.calibrate)
 app.command("doctor")(doctor.doctor)
 
 

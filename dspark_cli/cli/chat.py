@@ -78,7 +78,7 @@ def chat(
 
     with o.open_session(pair) as session:
         talk = Conversation(session, sampling, max_tokens, thinking, system, show_stats=stats)
-        talk.watch = Watch(session.drafter and session.drafter.kind)
+        talk.watch = Watch(session.drafter.kind if session.drafter else None)
         with line_history():
             Repl(talk, interactive=sys.stdin.isatty()).run()
 

@@ -85,7 +85,12 @@ def generate(
             raise typer.Exit(_check(session, request, as_json=json))
         answer = Answer()
         try:
-            stream(session.run(request), answer, echo=not json, watch=Watch(session.drafter and session.drafter.kind))
+            stream(
+                session.run(request),
+                answer,
+                echo=not json,
+                watch=Watch(session.drafter.kind if session.drafter else None),
+            )
         finally:
             if json and answer.tokens:
                 typer.echo(json_.dumps(as_json(session, request, answer), ensure_ascii=False))

@@ -76,8 +76,10 @@ class Belief:
             logits.append(x[:reached])
             happened.append(np.arange(reached) < outcome.kept)
         if logits and self.learns:
-            alone = len(logits) == 1
-            self.platt.update(*((logits[0], happened[0]) if alone else map(np.concatenate, (logits, happened))))
+            if len(logits) == 1:  # the usual case, without a copy
+                self.platt.update(logits[0], happened[0])
+            else:
+                self.platt.update(np.concatenate(logits), np.concatenate(happened))
 
 
 @dataclass

@@ -162,7 +162,7 @@ def report(rounds: Recorded, sts: Sts) -> list[dict[str, Any]]:
 
 def pooled(rounds: Recorded, sts: Sts) -> tuple[Array, Array]:
     """(predicted survival, what happened) of every verified position together: the data of a reliability plot."""
-    products = np.cumprod(sts(rounds.confidence), axis=1)
+    products = np.cumprod(sts(rounds.confidence), axis=1, dtype=np.float64)
     at = np.stack([rounds.at(k) for k in range(rounds.block_size)], axis=1)
     happened = rounds.accepted[:, None] > np.arange(rounds.block_size)
     return products[at], happened[at].astype(float)

@@ -197,7 +197,15 @@ class CostModel:
         overhead = [float(raw[name]) for name in ("inject_ms", "own_ms", "pass_own_ms")]
         if min(verify.known.values()) <= 0 or not all(0 <= ms < math.inf for ms in overhead):
             raise ValueError("not a cost profile")
-        return cls(verify, int(raw["depth"]), (first, second), draft, *overhead)
+        return cls(
+            verify,
+            int(raw["depth"]),
+            (first, second),
+            draft,
+            inject_ms=overhead[0],
+            own_ms=overhead[1],
+            pass_own_ms=overhead[2],
+        )
 
 
 def _of(curves: dict[int, Curve], base: Curve, shared: int) -> Curve:

@@ -317,14 +317,11 @@ class Place:
         self.path.unlink(missing_ok=True)
 
 
-def costs_of(
-    target: Target, drafter: Drafter | None, drafter_path: Path | None, notice: Notice
-) -> tuple[CostModel, Place]:
-    """The costs of a loaded pair: kept from earlier, or measured now."""
-    place = Place.of(target, drafter, drafter_path)
+def costs_of(target: Target, drafter: Drafter | None, place: Place, notice: Notice) -> CostModel:
+    """The costs of a loaded pair: kept at `place` from earlier, or measured now."""
     known = place.load(notice)
     if known is not None:
-        return known, place
+        return known
     seconds = budget_s()
     if seconds >= 1:
         notice(f"measuring what passes cost on this machine (once, about {seconds:.0f} s)")
@@ -332,12 +329,12 @@ def costs_of(
     try:
         costs = profile.costs()
     except ValueError:
-        return CostModel.unmeasured(), place
+        return CostModel.unmeasured()
     if profile.lasting:
         place.save(profile)
     elif seconds >= 1:
         notice(f"the machine is busy (times differ by {profile.spread:.0%}): this measurement is not kept")
-    return costs, place
+    return costs
 
 
 def _short(error: Exception) -> str:

@@ -18,6 +18,7 @@ from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.backends.standalone import StandaloneDrafter
 from dspark_cli.engine.auto import AutoSchedule
 from dspark_cli.engine.beliefs import load_beliefs
+from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.profile import Place, costs_of
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
@@ -97,12 +98,20 @@ class Session:
         self._engine = Engine(target, drafter, schedule)
 
     @property
+    def costs(self) -> CostModel:
+        """What passes cost here, as of now; a guess unless the policy is `auto`."""
+        return self.schedule.costs if isinstance(self.schedule, AutoSchedule) else CostModel.unmeasured()
+
+    @property
     def policy(self) -> str:
         return self.schedule.name
 
     @classmethod
-    def open(cls, options: OpenOptions) -> Self:
-        """Load the pair. Raises DsparkError for files that cannot be loaded, PairMismatch for a wrong drafter."""
+    def open(cls, options: OpenOptions, *, measure_anew: bool = False) -> Self:
+        """Load the pair; `measure_anew`: do not use the cost profile of earlier sessions.
+
+        Raises DsparkError for files that cannot be loaded, PairMismatch for a wrong drafter.
+        """
         schedule = parse_policy(options.policy or DEFAULT_POLICY)
         if options.drafter == "none":
             if options.policy not in (None, "off"):
@@ -119,14 +128,17 @@ class Session:
                 target.request_features(drafter.feature_layers)
             session = cls(target, drafter, schedule)
             if isinstance(schedule, AutoSchedule):
-                session._prepare(schedule, options)
+                session._prepare(schedule, options, measure_anew)
             stack.pop_all()
             return session
 
-    def _prepare(self, schedule: AutoSchedule, options: OpenOptions) -> None:
+    def _prepare(self, schedule: AutoSchedule, options: OpenOptions, measure_anew: bool) -> None:
         """Give the schedule what is known of this pair on this machine, measuring it if need be."""
         file = options.drafter_file if self.drafter is not None and self.drafter.has_pass else None
-        schedule.costs, self.profile = costs_of(self.target, self.drafter, file, options.notice)
+        self.profile = Place.of(self.target, self.drafter, file)
+        if measure_anew:
+            self.profile.forget()
+        schedule.costs = costs_of(self.target, self.drafter, self.profile, options.notice)
         schedule.beliefs = load_beliefs(file, options.notice)
         schedule.label = self.target.info.format
         schedule.cap = self.target.max_rows

@@ -152,6 +152,7 @@ def patiently(ask: Callable[[], T], *, what: str, progress: Callable[[], int] | 
     network = network_errors()
     tries, before = 0, progress() if progress else 0
     while True:
+        last: Exception
         try:
             return ask()
         except HfHubHTTPError as error:

@@ -62,7 +62,7 @@ def resolve(model: str, quant: str | None = None, wish: Wish | None = None, mach
             f"{entry.name} is not on this machine as {choice.quant}, but as {here}",
             hint=f"dspark pull {entry.name} --quant {choice.quant}, or --quant {wish.here[0]}",
         )
-    path = entry.checkpoint() if choice.format == "safetensors" else entry.on_disk()[choice.quant]
+    path: Path | None = entry.checkpoint() if choice.format == "safetensors" else entry.on_disk()[choice.quant]
     assert path is not None
     drafter = _local_drafter(choice)
     notes = list(choice.notes)
