@@ -108,7 +108,10 @@ class Session:
 
     @classmethod
     def open(cls, options: OpenOptions, *, measure_anew: bool = False) -> Self:
-        """Load the pair; `measure_anew`: do not use the cost profile of earlier sessions.
+        """Load the pair. Raises DsparkError for files that cannot be loaded, PairMismatch for a wrong drafter.
+
+        measure_anew: forget the cost profile of earlier sessions.
+        """
 
         Raises DsparkError for files that cannot be loaded, PairMismatch for a wrong drafter.
         """
