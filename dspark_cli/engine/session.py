@@ -112,9 +112,6 @@ class Session:
 
         measure_anew: forget the cost profile of earlier sessions.
         """
-
-        Raises DsparkError for files that cannot be loaded, PairMismatch for a wrong drafter.
-        """
         schedule = parse_policy(options.policy or DEFAULT_POLICY)
         if options.drafter == "none":
             if options.policy not in (None, "off"):
