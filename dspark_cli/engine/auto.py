@@ -74,7 +74,7 @@ class Belief:
                 self.history.update(reached, outcome.kept)
                 continue
             logits.append(x[:reached])
-            happened.append(np.arange(reached) < outcome.kept)
+            happened.append((np.arange(reached) < outcome.kept).astype(np.float64))
         if logits and self.learns:
             if len(logits) == 1:  # the usual case, without a copy
                 self.platt.update(logits[0], happened[0])

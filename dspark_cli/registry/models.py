@@ -136,11 +136,9 @@ def _wrong(source: _Source, index: int, keys: tuple[str | int, ...], what: str, 
 def _in_words(error: Any) -> str:
     """A pydantic complaint in our words, with the value found."""
     if error["type"] == "extra_forbidden":
-        from pydantic import BaseModel
-
         from dspark_cli.registry.schema import Entry, GgufFile, KnownDrafter
 
-        table: type[BaseModel] = {"drafter": KnownDrafter, "gguf_files": GgufFile}.get(str(error["loc"][0]), Entry)
+        table: Any = {"drafter": KnownDrafter, "gguf_files": GgufFile}.get(str(error["loc"][0]), Entry)
         import difflib
 
         near = difflib.get_close_matches(str(error["loc"][-1]), table.model_fields, n=1)

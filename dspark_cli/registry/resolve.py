@@ -57,18 +57,18 @@ def resolve(model: str, quant: str | None = None, wish: Wish | None = None, mach
         raise _missing(entry)
     choice = _choose(entry, wish, machine)
     if choice.quant not in wish.here:
-        here = ", ".join(wish.here)
+        others = ", ".join(wish.here)
         raise NotReady(
-            f"{entry.name} is not on this machine as {choice.quant}, but as {here}",
+            f"{entry.name} is not on this machine as {choice.quant}, but as {others}",
             hint=f"dspark pull {entry.name} --quant {choice.quant}, or --quant {wish.here[0]}",
         )
-    path: Path | None = entry.checkpoint() if choice.format == "safetensors" else entry.on_disk()[choice.quant]
-    assert path is not None
+    here = entry.checkpoint() if choice.format == "safetensors" else entry.on_disk()[choice.quant]
+    assert here is not None
     drafter = _local_drafter(choice)
     notes = list(choice.notes)
     if choice.drafter is not None and drafter is None:
         notes.append(f"its drafter {choice.drafter.repository} is not here: `dspark pull {entry.name}` brings it")
-    return Resolved(entry.name, path, drafter, entry, choice, tuple(notes))
+    return Resolved(entry.name, here, drafter, entry, choice, tuple(notes))
 
 
 def ready(entry: Entry, quant: str | None, wish: Wish | None) -> Wish:
