@@ -108,9 +108,9 @@ class Session:
 
     @classmethod
     def open(cls, options: OpenOptions, *, measure_anew: bool = False) -> Self:
-        """Load the pair. Raises DsparkError for files that cannot be loaded, PairMismatch for a wrong drafter.
+        """Load the pair. `measure_anew`: do not use the cost profile of earlier sessions.
 
-        measure_anew: forget the cost profile of earlier sessions.
+        Raises DsparkError for files that cannot be loaded, PairMismatch for a wrong drafter.
         """
         schedule = parse_policy(options.policy or DEFAULT_POLICY)
         if options.drafter == "none":

@@ -147,7 +147,7 @@ def patiently(ask: Callable[[], T], *, what: str, progress: Callable[[], int] | 
 
     progress: a number that grows as bytes arrive: tries are counted from the last time it grew.
     """
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     network = network_errors()
     tries, before = 0, progress() if progress else 0
@@ -160,6 +160,8 @@ def patiently(ask: Callable[[], T], *, what: str, progress: Callable[[], int] | 
             if status not in PASSING:
                 raise explain(error, what) from None
             last, wait, reached = error, _retry_after(error), True
+        except OfflineModeIsEnabled as error:  # a ConnectionError, but no second try will change it
+            raise explain(error, what) from None
         except network as error:
             last, wait, reached = error, None, "Connect" not in type(error).__name__
         except Exception as error:
