@@ -24,7 +24,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class TrueCosts:
-    """Medians over every round that was measured: verify ms [tokens], ms of a pass by source, overhead."""
+    """Medians over every round that was measured: verify ms [tokens], ms of drafting a full block by source, overhead."""
 
     verify: Array
     drafting: dict[str, float]
@@ -35,10 +35,14 @@ class TrueCosts:
         by_width: dict[int, list[float]] = {}
         drafting: dict[str, list[float]] = {}
         own: list[float] = []
-        for item in _decoding(runs):
+        rounds = _decoding(runs)
+        full: dict[str, int] = {}
+        for item in rounds:
+            full[item.source] = max(full.get(item.source, 0), item.drafted)
+        for item in rounds:
             by_width.setdefault(item.verified + 1, []).append(item.times.verify)
             own.append(item.times.own)
-            if item.drafted:
+            if item.drafted and item.drafted == full[item.source]:
                 drafting.setdefault(item.source, []).append(item.times.draft + item.times.inject)
         known = {n: median(ms) for n, ms in by_width.items()}
         widths = sorted(known)

@@ -84,7 +84,7 @@ def ticks(low: float, high: float) -> list[float]:
     span = (high - low) or 1.0
     step = next(s for s in (m * 10.0**e for e in range(-4, 7) for m in (1, 2, 5)) if span / s <= 6)
     first = -(-low // step)
-    return [round((first + i) * step, 6) for i in range(int((high - first * step) // step) + 1)]
+    return [round((first + i) * step, 6) for i in range(int((high - first * step) / step + 1e-6) + 1)]
 
 
 def bars(title: str, values: Mapping[str, float], y_label: str) -> str:
