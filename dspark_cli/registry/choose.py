@@ -1,11 +1,11 @@
 """Which files of a target, which drafter, which backend and device: one pure function over plain facts.
 
 The order of preference:
-1. the whole pair on an accelerator: the full-precision checkpoint where torch drives it, else the best quant (Q8_0 at most);
-2. more than half of the layers on an accelerator, the rest in memory;
+1. the whole pair on an accelerator at the usual context: the full-precision checkpoint where torch drives it, else the best
+   quant (Q8_0 at most); where no quant fits with the drafter, the best without it, then a shorter context;
+2. more than half of the layers on an accelerator, as many as possible: what stays in memory sets the pace;
 3. the CPU: memory bandwidth decides there, so about four bits first, more bits only when nothing else is published.
-What is on this disk goes before what would have to be downloaded. The drafter is in every plan; only where no quant fits
-with it, the best one without it.
+What is on this disk goes before what would have to be downloaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
-from dspark_cli.registry.plan import Device, DrafterSize, MemoryPlan, PlanOptions, make_plan, size
+from dspark_cli.registry.plan import DEFAULT_CTX, Device, DrafterSize, MemoryPlan, PlanOptions, make_plan, size
 from dspark_cli.registry.quants import FULL_PRECISION, USUAL, rank
 from dspark_cli.registry.schema import Entry, KnownDrafter
 
@@ -79,14 +79,18 @@ def choose(entry: Entry, machine: Machine, wish: Wish | None = None) -> Resoluti
     if not candidates:
         raise _no_candidate(entry, machine, wish)
     drafter, notes = _drafter(entry, machine, wish)
-    tries = [drafter, None] if drafter is not None and wish.drafter == "auto" else [drafter]
-    for attempt in tries:
-        for whole in (True, False):
-            for candidate in candidates:
-                plan = _plan(entry, candidate, attempt, machine, wish)
-                if plan.fits and _placed(plan, whole=whole):
-                    left_out = () if attempt is drafter else (_left_out(drafter),)
-                    return _resolution(entry, candidate, attempt, plan, (*notes, *left_out, *plan.notes))
+    drafters = [drafter, None] if drafter is not None and wish.drafter == "auto" else [drafter]
+    usual = wish.options.ctx or min(entry.context or DEFAULT_CTX, DEFAULT_CTX)
+    full = replace(wish, options=replace(wish.options, ctx=usual))
+    for place in (_whole, _partly, _on_cpu):
+        for options, attempt in ((o, d) for o in (full, wish) for d in drafters):
+            plans = [(c, _plan(entry, c, attempt, machine, options)) for c in candidates]
+            fits = [(c, plan) for c, plan in plans if plan.fits and place(plan)]
+            if place is _partly:
+                fits.sort(key=lambda found: -found[1].gpu_layers / found[1].n_layer)
+            if fits:
+                left_out = () if attempt is drafter else (_left_out(drafter),)
+                return _resolution(entry, *fits[0], attempt, (*notes, *left_out, *fits[0][1].notes))
     raise _too_small(entry, candidates, drafter, machine, wish)
 
 
@@ -197,17 +201,20 @@ def _plan(
 LOOKUP = DrafterSize("lookup", weights=0, n_layer=0, n_embd=0, n_vocab=0, kv_values=0)
 
 
-def _placed(plan: MemoryPlan, *, whole: bool) -> bool:
-    """Whether the plan is good enough for this pass over the candidates."""
-    if plan.device.kind == "cpu":
-        return not whole
-    if plan.gpu_layers > plan.n_layer:
-        return True
-    return not whole and plan.gpu_layers > plan.n_layer // 2
+def _whole(plan: MemoryPlan) -> bool:
+    return plan.device.kind != "cpu" and plan.gpu_layers > plan.n_layer
+
+
+def _partly(plan: MemoryPlan) -> bool:
+    return plan.device.kind != "cpu" and plan.gpu_layers > plan.n_layer // 2
+
+
+def _on_cpu(plan: MemoryPlan) -> bool:
+    return plan.device.kind == "cpu"
 
 
 def _resolution(
-    entry: Entry, candidate: _Candidate, drafter: KnownDrafter | None, plan: MemoryPlan, notes: Sequence[str]
+    entry: Entry, candidate: _Candidate, plan: MemoryPlan, drafter: KnownDrafter | None, notes: Sequence[str]
 ) -> Resolution:
     if candidate.format == "safetensors":
         repository, file = entry.safetensors, None
