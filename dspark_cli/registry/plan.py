@@ -232,12 +232,12 @@ def kv_bytes(values: int, ctx: int, n_seq: int, kv_type: str) -> int:
 
 
 def target_need(target: TargetSize, device: Device, ctx: int, options: PlanOptions, width: int, features: int) -> Need:
-    """What the target takes; `features`: values a token that a drafter reads from it."""
+    """What the target takes. features: values a token that a drafter reads (libllama keeps a batch, we one pass of them)."""
     return Need(
         weights=target.weights,
         kv=kv_bytes(target.kv_values, ctx, options.n_seq, options.kv_type),
         compute=_compute(target.n_embd, target.n_ff, target.n_vocab, device, min(options.ubatch, ctx), width),
-        features=_feature_buffers(features, min(options.ubatch, ctx), max(options.ubatch, min(2048, ctx))),
+        features=4 * features * (_batch(options, ctx) + min(options.ubatch, ctx)),
         overhead=_overhead(target.n_vocab, device),
     )
 
@@ -251,7 +251,8 @@ def drafter_need(drafter: DrafterSize, device: Device, ctx: int, options: PlanOp
         weights=drafter.weights,
         kv=kv_bytes(drafter.kv_values, ctx + drafter.width, options.n_seq, options.kv_type),
         compute=_compute(drafter.n_embd, drafter.n_ff, drafter.n_vocab, device, rows, drafter.width),
-        features=4 * rows * drafter.features,
+        # the features as they are handed over, libllama's copy of them, and its "nextn" rows for a whole batch
+        features=4 * (2 * rows * drafter.features + _batch(options, ctx) * drafter.n_embd) if drafter.features else 0,
         overhead=_overhead(drafter.n_vocab, device),
     )
 
@@ -264,9 +265,9 @@ def _compute(n_embd: int, n_ff: int, n_vocab: int, device: Device, rows: int, wi
     return activations + logits
 
 
-def _feature_buffers(features: int, rows: int, batch: int) -> int:
-    """libllama's copy for a whole batch, ours (concatenated) for one pass."""
-    return 4 * features * (rows + min(rows, batch)) if features else 0
+def _batch(options: PlanOptions, ctx: int) -> int:
+    """Rows of the buffers that libllama makes for a whole batch (Context: at most 2048)."""
+    return max(options.ubatch, min(2048, ctx * options.n_seq))
 
 
 def _overhead(n_vocab: int, device: Device) -> int:

@@ -1,0 +1,52 @@
+"""Peak growth of this process while a pair is loaded and used, beside what the plan says. Run by test_plan_measured.py.
+
+usage: python measure_memory.py TARGET.gguf CTX [DRAFTER.gguf]    prints one JSON object
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import psutil
+
+
+def peak_rss() -> int:
+    """Bytes; Linux's high-water mark, so nothing is missed between two looks."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM: this is not Linux")
+
+
+def main(target: Path, ctx: int, drafter: Path | None) -> None:
+    import gguf  # noqa: F401  (what a session imports belongs to the baseline, not to the pair)
+    import jinja2.sandbox  # noqa: F401
+
+    from dspark_cli.backends.llamacpp import native
+    from dspark_cli.engine.rounds import SamplingOptions
+    from dspark_cli.engine.session import OpenOptions, Session
+    from dspark_cli.registry.devices import this_machine
+    from dspark_cli.registry.plan import PlanOptions
+    from dspark_cli.registry.resolve import Resolved, plan_for
+
+    native.start()
+    machine = this_machine()
+    plan = plan_for(Resolved(target.stem, target, drafter), machine, PlanOptions(ctx=ctx))
+    before = psutil.Process().memory_info().rss
+    word = "auto" if drafter is None else str(drafter)
+    options = OpenOptions(target, target.stem, drafter=word, policy="fixed:4", ctx=ctx)
+    with Session.open(options) as session:
+        n_vocab = session.target.info.n_vocab
+        prompt = [5 + i * 7919 % (n_vocab - 10) for i in range(min(ctx - 64, 1100))]
+        text = session.target.tokenizer.decode(prompt)
+        request = session.text_request(text[: 3 * len(prompt)], max_tokens=24, sampling=SamplingOptions())
+        for _ in session.run(request):
+            pass
+        grown = peak_rss() - before
+    print(json.dumps({"grown": grown, "planned": plan.total, "plan": plan.as_dict()}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)
