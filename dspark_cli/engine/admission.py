@@ -71,5 +71,6 @@ def _best_count(falling: Array, requests: int, ms: Array, carry: tuple[float, fl
     rate = tokens / (ms[: len(tokens)] + carry[1])
     if not early_stop:
         return int(rate.argmax())
-    drops = np.flatnonzero(rate[1:] <= rate[:-1])
-    return int(drops[0]) if len(drops) else len(falling)
+    drops = rate[1:] <= rate[:-1]
+    first = int(drops.argmax())
+    return first if drops[first] else len(falling)

@@ -23,6 +23,7 @@ from dspark_cli.engine.schedule import Outcome, Schedule, likely
 
 OWN_HISTORY = ("lookup",)  # drafters whose confidence is what became of their recent drafts
 FADE = 0.98  # the recent past that a round's rate is counted with: about 50 rounds
+TRIAL = 2  # tokens of a draft that a trial verifies at most
 AFTER_PARKING = 0.7  # how much of what was learned of a drafter still counts at a probe
 ENOUGH = 8  # drafts seen before the block to draft is chosen by them
 REVIEW = 32  # rounds between two choices of the block to draft
@@ -47,6 +48,11 @@ class Belief:
 
     def of(self, drafts: Sequence[Draft]) -> tuple[list[Array], list[Array]]:
         """(survivals, logits of the confidences after STS) of drafts that are not empty, one array [k] each."""
+        if len(drafts) == 1 and drafts[0].confidence is not None:  # a single request: as quick as it can be
+            x = logit(drafts[0].confidence)  # type: ignore[arg-type]
+            if self.sts.temperatures:
+                x = x / self.sts.upto(len(x))
+            return [self.platt(x).cumprod()], [x]
         sizes = [len(draft) for draft in drafts]
         width = max(sizes)
         if any(d.confidence is None for d in drafts):
@@ -54,9 +60,7 @@ class Belief:
             joined, conditional = logit(mean), mean
             bounds = [slice(0, n) for n in sizes]
         else:
-            first = drafts[0].confidence
-            together = first if len(drafts) == 1 else np.concatenate([d.confidence for d in drafts])  # type: ignore[misc]
-            joined = logit(together)  # type: ignore[arg-type]
+            joined = logit(np.concatenate([d.confidence for d in drafts]))  # type: ignore[misc]
             if self.sts.temperatures:
                 temperatures = self.sts.upto(width)
                 joined = joined / np.concatenate([temperatures[:n] for n in sizes])
@@ -241,6 +245,8 @@ class AutoSchedule(Schedule):
 
     def _beliefs(self, drafts: Sequence[Draft]) -> tuple[list[Array], list[Array]]:
         """(survivals, logits), one array [k] a draft."""
+        if len(drafts) == 1 and len(drafts[0]):
+            return self._belief(drafts[0].source).of(drafts)
         survival, logits = [NOTHING] * len(drafts), [NOTHING] * len(drafts)
         for source in {d.source for d in drafts if len(d)}:
             mine = [i for i, d in enumerate(drafts) if len(d) and d.source == source]
@@ -255,8 +261,11 @@ class AutoSchedule(Schedule):
         return self.beliefs[source]
 
     def _offered(self, survival: Sequence[Array]) -> Sequence[Array]:
-        """Survivals of what may be verified: nothing of quick drafts while those are parked."""
-        if self._plan.passed or self.quick_guard.active:
+        """Survivals of what may be verified: little in a trial, nothing of quick drafts while those are parked."""
+        if self._plan.passed:
+            # A trial is to find out what the drafter is worth, not to rely on what it says.
+            return [a[:TRIAL] for a in survival] if self.pass_guard.probing else survival
+        if self.quick_guard.active:
             return survival
         if any(self._plan.gain(a) > 0 for a in survival if len(a)):
             self.quick_guard.skipped()

@@ -196,12 +196,13 @@ class OnlinePlatt:
         weight = np.maximum(p - p * p, 0.02)  # a very sure belief must still be able to turn
         error, weighted, ones = happened - p, weight * logits, np.ones(len(logits))
         keep = (1.0 - 1.0 / self.memory) ** len(logits)
-        new = (float(weighted.dot(logits)), float(weighted.dot(ones)), float(weight.dot(ones)))
-        old, prior = self._information, self._PRIOR
-        ss, sb, bb = (keep * o + (1.0 - keep) * p0 + n for o, p0, n in zip(old, prior, new, strict=True))
+        fresh, (ss, sb, bb), prior = 1.0 - keep, self._information, self._PRIOR
+        ss = keep * ss + fresh * prior[0] + float(weighted.dot(logits))
+        sb = keep * sb + fresh * prior[1] + float(weighted.dot(ones))
+        bb = keep * bb + fresh * prior[2] + float(weight.dot(ones))
         # The prior pulls as much as it was topped up.
-        pull_slope = float(error.dot(logits)) + (1.0 - keep) * prior[0] * (1.0 - self.slope)
-        pull_offset = float(error.dot(ones)) - (1.0 - keep) * prior[2] * self.offset
+        pull_slope = float(error.dot(logits)) + fresh * prior[0] * (1.0 - self.slope)
+        pull_offset = float(error.dot(ones)) - fresh * prior[2] * self.offset
         determinant = ss * bb - sb * sb
         self.slope += (bb * pull_slope - sb * pull_offset) / determinant
         self.offset += (ss * pull_offset - sb * pull_slope) / determinant

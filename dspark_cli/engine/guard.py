@@ -43,6 +43,11 @@ class Guard:
         self._probing = not self.trusted
         self._wait = self.first_wait
 
+    @property
+    def probing(self) -> bool:
+        """Whether this is a trial: little is known of the drafter, or it failed before."""
+        return self.active and self._probing
+
     def skipped(self) -> None:
         """A round went by without speculating. After enough of them the next one is a probe."""
         if self.active:
