@@ -80,7 +80,7 @@ def _load(shipped: Path, own: Path, changed_ns: int) -> dict[str, Entry]:
     for source in sources:
         for index, table in enumerate(source.models):
             name = table.get("name")
-            if source is not sources[0] and isinstance(name, str) and name in merged:
+            if isinstance(name, str) and name in merged and merged[name][1] is not source:
                 merged[name] = (_overlay(merged[name][0], table), source, index)
             elif isinstance(name, str) and name in merged:
                 raise _wrong(source, index, ("name",), f"{name!r} is there twice")
@@ -122,7 +122,8 @@ def _entry(table: Table, source: _Source, index: int) -> Entry:
     try:
         return Entry.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
+        # a misspelt key is also a missing one: the spelling is the better news
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         keys = tuple(first["loc"])
         raise _wrong(source, index, keys, _in_words(first), table.get("name")) from None
 

@@ -106,7 +106,7 @@ def check_path(path: Path) -> Path:
         return check_file(path.parent / parts_of(path.name)[0])
     if (path / "config.json").exists():
         return path
-    found = gguf_files(path)
+    found = {name: file for name, file in gguf_files(path).items() if file.parent == path}
     if len(found) == 1:
         return check_file(next(iter(found.values())))
     if found:

