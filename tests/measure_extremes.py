@@ -113,9 +113,8 @@ def report(session: Session, tokens: int, repeats: int) -> None:
             steady = [r for r in oracle[1:-2] if r.drafted == model.block_size][10:]
             full, later = full + sum(r.verified == r.drafted for r in steady), later + len(steady)
     for name, values in ratios.items():
-        print(
-            f"{name:8} {median(values):.3f}x plain (worst answer {min(values):.3f}, best {max(values):.3f}), {len(values)} answers"
-        )
+        spread = f"worst answer {min(values):.3f}, best {max(values):.3f}"
+        print(f"{name:8} {median(values):.3f}x plain ({spread}), {len(values)} answers")
     print(f"useless drafter parked in {parked / max(1, rounds):.0%} of rounds")
     print(f"oracle drafter: full blocks verified in {full / max(1, later):.0%} of rounds after the first ten")
 

@@ -120,26 +120,26 @@ def arms_of(session: Session) -> list[Arm]:
 
 def run_all(
     options: OpenOptions,
-    formats: Sequence[tuple[str, Path]],
+    files: Sequence[Path],
     settings: Settings,
     results: Results,
     progress: Callable[[Progress], None] = lambda p: None,
 ) -> None:
     """Fill `results`. Whatever ends it early (Ctrl-C too), the cycles that were finished are in there."""
     cycles = len(settings.cases()) * settings.repeats
-    for index, (form, path) in enumerate(formats):
+    for index, path in enumerate(files):
         with Session.open(OpenOptions(**{**vars(options), "model": path, "policy": "auto"})) as session:
             assert isinstance(session.schedule, AutoSchedule)
-            arms = arms_of(session)
+            arms, info = arms_of(session), session.target.info
+            form = info.format
             results.costs[form] = CostModel.from_dict(session.schedule.costs.as_dict())
             results.drafters |= {arm.name: arm.drafter.name for arm in arms if arm.drafter is not None}
-            info = session.target.info
             results.model, results.backend, results.device = options.name, info.backend, info.device
-            total = cycles * len(arms) * len(formats)
+            total = cycles * len(arms) * len(files)
             done = index * cycles * len(arms)
             progress(Progress(done, total, form, "warming up"))
             for arm in arms:
-                _answer(session, arm, _request(session, KINDS["question"][0], 0.0, 8, settings.seed), form)
+                _answer(session, arm, _request(session, KINDS["question"][0], 0.0, 8, settings.seed))
             for repeat in range(settings.repeats):
                 for prompt, temperature in settings.cases():
                     request = _request(session, prompt, temperature, settings.tokens, settings.seed + repeat)
@@ -164,7 +164,7 @@ def _cycle(
     """Plain, the other arms in turn, plain again."""
     plain, others = arms[0], list(arms[1:])
     for arm in (plain, *(reversed(others) if backwards else others), plain):
-        stats, rounds = _answer(session, arm, request, form)
+        stats, rounds = _answer(session, arm, request)
         yield Run(arm.name, form, prompt, temperature, stats, rounds)
 
 
@@ -193,7 +193,7 @@ def _request(session: Session, prompt: Prompt, temperature: float, tokens: int, 
     return session.chat_request([{"role": "user", "content": prompt.text}], max_tokens=tokens, sampling=sampling)
 
 
-def _answer(session: Session, arm: Arm, request: Request, form: str) -> tuple[Stats, list[Round]]:
+def _answer(session: Session, arm: Arm, request: Request) -> tuple[Stats, list[Round]]:
     """One answer from empty caches."""
     target = session.target
     target.drop(0)

@@ -100,14 +100,14 @@ def _settings(kinds: str | None, temperatures: str, prompts: int, tokens: int, r
     return Settings(tuple(dict.fromkeys(wanted)), tuple(dict.fromkeys(values)), prompts, tokens, repeats, seed)
 
 
-def _formats(wanted: str | None, source: Path) -> list[tuple[str, Path]]:
-    """(format, file) of every target to measure; made from `source` where it is another format."""
+def _formats(wanted: str | None, source: Path) -> list[Path]:
+    """Files of the targets to measure, made from `source`; `source` itself where no format is asked for."""
     from platformdirs import user_cache_path
 
     from dspark_cli.bench.formats import FORMATS, requantize
 
     if wanted is None:
-        return [("as it is", source)]
+        return [source]
     names = list(dict.fromkeys(name.strip().upper() for name in wanted.split(",")))
     for name in names:
         if name not in FORMATS:
@@ -115,11 +115,11 @@ def _formats(wanted: str | None, source: Path) -> list[tuple[str, Path]]:
     files = []
     for name in names:
         typer.secho(f"target in {name}", dim=True, err=True)
-        files.append((name, requantize(source, name, user_cache_path("dspark") / "formats")))
+        files.append(requantize(source, name, user_cache_path("dspark") / "formats"))
     return files
 
 
-def _measure(opened: OpenOptions, files: list[tuple[str, Path]], settings: Settings, results: Results) -> None:
+def _measure(opened: OpenOptions, files: list[Path], settings: Settings, results: Results) -> None:
     """Run with a bar on stderr; Ctrl-C ends it and keeps the finished cycles."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
