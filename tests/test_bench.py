@@ -24,9 +24,11 @@ from dspark_cli.bench.report import as_html
 from dspark_cli.bench.summary import CSV_COLUMNS, SCHEMA, as_csv, interval, summarise
 from dspark_cli.cli import app
 from dspark_cli.engine.auto import AutoSchedule
+from dspark_cli.engine.beliefs import load_beliefs
 from dspark_cli.engine.schedule import Fixed, Off, Schedule
 from dspark_cli.engine.stats import Stats
 from simulated import Machine, honest
+from synthetic import SPEC, random_tensors, write
 from test_calibration import law
 
 DESIGN_KEYS = {
@@ -264,6 +266,40 @@ class TestCommand:
         assert raw["interrupted"]
         assert {r["runs"] for r in raw["rows"]} == {1}
         assert len(raw["rows"]) == 5
+
+
+class TestCalibrateCommand:
+    run = staticmethod(lambda *words: CliRunner().invoke(app, ["calibrate", *words]))
+
+    def test_without_a_drafter(self) -> None:
+        done = self.run("smollm2-135m", "--drafter", "none")
+        assert done.exit_code == 2
+        assert "nothing to calibrate" in done.output
+
+    @pytest.mark.slow
+    def test_lookup_is_reported_and_not_written(self, embedded_gguf: Path) -> None:
+        done = self.run(str(embedded_gguf), "--rounds", "20", "--tokens", "24", "--json")
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)
+        assert found["confidence"]["source"] == "lookup"
+        assert found["written"] is None
+        assert found["costs"]["verify_ms"]["1"] > 0
+        lengths = [row["verify"] for row in found["schedule"]]
+        assert lengths == sorted(lengths, reverse=True)  # from the surest pattern to the least sure
+        assert all(row["speed"] >= 1.0 for row in found["schedule"])
+
+    @pytest.mark.slow
+    def test_a_drafter_file_gets_a_calibration_that_sessions_load(self, embedded_gguf: Path, tmp_path: Path) -> None:
+        drafter = write(tmp_path, random_tensors(), SPEC)
+        words = ("--drafter", str(drafter), "--rounds", "20", "--tokens", "16")
+        done = self.run(str(embedded_gguf), *words)
+        assert done.exit_code == 0, done.output
+        assert "wrote" in done.output
+        assert "ECE" in done.output
+        notices = list[str]()
+        belief = load_beliefs(drafter, notices.append)["dspark"]
+        assert notices == []
+        assert max(belief.survival) < 0.5  # random weights
 
 
 def test_settings_cover_every_kind_and_temperature() -> None:
