@@ -143,7 +143,7 @@ class Anticipating(AutoSchedule):
 
     def choose(self, drafts: Sequence[Draft]) -> list[int]:
         super().choose(drafts)
-        lengths = admit(self._plan.survival, self._round_ms(sum(map(len, drafts)), 0), early_stop=False)
+        lengths = admit(self._plan.survival, self._plan.round_ms(sum(map(len, drafts))), early_stop=False)
         self._plan.verified = sum(lengths)
         return lengths
 
