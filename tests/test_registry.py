@@ -95,7 +95,7 @@ def test_entries_are_whole(entry: Entry) -> None:
             9,
             "did you mean 'block_size'?",
         ),
-        (GOOD + GOOD, 6, "name of model"),
+        (GOOD + GOOD, 7, "name: 'mine' is there twice"),
         (GOOD + 'aliases = ["qwen3-4b"]\n', 6, "'qwen3-4b' already means 'qwen3-4b'"),
         (GOOD + "[general]\nx = 1\n", 6, "unknown table or key 'general'"),
         (GOOD.replace("me/mine-GGUF", "no repository"), 5, "gguf of model 'mine'"),
