@@ -23,16 +23,18 @@ import numpy as np
 
 from dspark_cli.backends.base import Draft, Drafter, DraftRequest
 from dspark_cli.backends.combined import CombinedDrafter
+from dspark_cli.bench.arms import PLAIN, Arm, answer
 from dspark_cli.bench.formats import requantize
 from dspark_cli.bench.prompts import KINDS
 from dspark_cli.engine.auto import AutoSchedule
 from dspark_cli.engine.costs import CostModel
-from dspark_cli.engine.decode import Engine
-from dspark_cli.engine.rounds import Request, Round, SamplingOptions
+from dspark_cli.engine.rounds import Round, SamplingOptions
 from dspark_cli.engine.schedule import Off
 from dspark_cli.engine.session import OpenOptions, Session
 from dspark_cli.engine.stats import Stats
 from synthetic import SPEC, random_tensors, target_path, write
+
+PLAIN_ARM = Arm(PLAIN, None, Off())
 
 
 class OracleDrafter(CombinedDrafter):
@@ -49,20 +51,8 @@ class OracleDrafter(CombinedDrafter):
         return [Draft(tokens, np.full(len(tokens), 0.9, dtype=np.float32), source="oracle")]
 
 
-def answer(session: Session, drafter: Drafter | None, schedule: AutoSchedule | Off, request: Request) -> list[Round]:
-    session.target.drop(0)
-    if drafter is not None:
-        drafter.drop(0)
-    else:
-        session.target.request_features(())
-    return list(Engine(session.target, drafter, schedule).run([request]))
-
-
 def speed(rounds: Sequence[Round]) -> float:
-    stats = Stats()
-    for item in rounds:
-        stats.add(item)
-    return stats.decode_tok_s
+    return Stats.of(rounds).decode_tok_s
 
 
 def main() -> None:
@@ -97,15 +87,14 @@ def report(session: Session, tokens: int, repeats: int) -> None:
     ratios: dict[str, list[float]] = {"useless": [], "oracle": []}
     full = later = parked = rounds = 0
     for prompt in [p for kind in KINDS.values() for p in kind[:1]]:
-        text = prompt.text if prompt.raw else session.target.render_chat([{"role": "user", "content": prompt.text}])
-        ids = session.target.tokenizer.encode(text, special=not prompt.raw, bos=True)
-        request = Request(ids, tokens, SamplingOptions())
+        # Fixed in length: an answer may go on past its end.
+        request = replace(prompt.request(session, tokens, SamplingOptions()), stop_ids=frozenset())
         for _ in range(repeats):
-            before = answer(session, None, Off(), request)
-            known = [*ids, *(t for item in before for t in item.tokens)]
-            useless = answer(session, CombinedDrafter(model), fresh(), request)
-            oracle = answer(session, OracleDrafter(model, known), fresh(), request)
-            plain = (speed(before) + speed(answer(session, None, Off(), request))) / 2
+            before = answer(session.target, PLAIN_ARM, request)
+            known = [*request.prompt, *(t for item in before for t in item.tokens)]
+            useless = answer(session.target, Arm("useless", CombinedDrafter(model), fresh()), request)
+            oracle = answer(session.target, Arm("oracle", OracleDrafter(model, known), fresh()), request)
+            plain = (speed(before) + speed(answer(session.target, PLAIN_ARM, request))) / 2
             ratios["useless"].append(speed(useless) / plain)
             ratios["oracle"].append(speed(oracle) / plain)
             parked += sum(r.parked is not None for r in useless)

@@ -24,8 +24,8 @@ from dspark_cli.engine.calibration import OnlinePlatt
 from dspark_cli.engine.costs import CostModel, Curve
 from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.guard import Guard
-from dspark_cli.engine.rounds import Request, SamplingOptions
-from dspark_cli.engine.schedule import Fixed, Off, Schedule, Threshold
+from dspark_cli.engine.rounds import Request, SamplingOptions, Times
+from dspark_cli.engine.schedule import Fixed, Off, Outcome, Schedule, Threshold
 from fakes import TableDrafter, TableTarget
 
 N_VOCAB, LENGTH, DRAWS = 4, 4, 8_000
@@ -174,10 +174,15 @@ class Counted(Schedule):
 
     def __init__(self, inner: Schedule, lengths: Counter[int]) -> None:
         self.name, self._inner, self._lengths = inner.name, inner, lengths
-        self.block, self.passes, self.observe = inner.block, inner.passes, inner.observe  # type: ignore[method-assign]
 
     def block(self, limits: Sequence[int], depth: float) -> list[int]:
-        raise NotImplementedError
+        return self._inner.block(limits, depth)
+
+    def passes(self, blocks: Sequence[int], quick: Sequence[Draft]) -> list[int]:
+        return self._inner.passes(blocks, quick)
+
+    def observe(self, outcomes: Sequence[Outcome], times: Times) -> None:
+        self._inner.observe(outcomes, times)
 
     def choose(self, drafts: Sequence[Draft]) -> list[int]:
         chosen = self._inner.choose(drafts)

@@ -8,7 +8,7 @@ from statistics import median
 
 from dspark_cli.backends.base import Drafter, Target
 from dspark_cli.engine.decode import Engine
-from dspark_cli.engine.rounds import Request
+from dspark_cli.engine.rounds import Request, Round
 from dspark_cli.engine.schedule import Schedule
 from dspark_cli.engine.stats import Stats, ids_sha256
 
@@ -59,24 +59,21 @@ def measure(
             order = arms if repeat % 2 == 0 else list(reversed(arms))
             for arm in order:
                 progress(arm.name, index)
-                stats, tokens = _once(target, arm, request)
+                rounds = answer(target, arm, request)
                 if repeat:
-                    results[arm.name][index].stats.append(stats)
-                    results[arm.name][index].tokens = tokens
+                    results[arm.name][index].stats.append(Stats.of(rounds))
+                    results[arm.name][index].tokens = tuple(token for item in rounds for token in item.tokens)
     return results
 
 
-def _once(target: Target, arm: Arm, request: Request) -> tuple[Stats, tuple[int, ...]]:
+def answer(target: Target, arm: Arm, request: Request, *, margins: bool = False) -> list[Round]:
+    """One answer from empty caches. `margins`: see Engine."""
     target.drop(0)
     if arm.drafter is not None:
         arm.drafter.drop(0)
     else:
         target.request_features(())
-    stats, tokens = Stats(), list[int]()
-    for item in Engine(target, arm.drafter, arm.schedule).run([request]):
-        stats.add(item)
-        tokens.extend(item.tokens)
-    return stats, tuple(tokens)
+    return list(Engine(target, arm.drafter, arm.schedule, margins=margins).run([request]))
 
 
 def paired_ratios(results: Mapping[str, list[Measured]], arm: str, base: str = PLAIN) -> list[float]:

@@ -13,14 +13,13 @@ from pathlib import Path
 from dspark_cli.backends.base import Drafter
 from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.lookup import LookupDrafter
-from dspark_cli.bench.arms import PLAIN, Arm
+from dspark_cli.bench.arms import PLAIN, Arm, answer
 from dspark_cli.bench.prompts import KINDS, Prompt
 from dspark_cli.engine.auto import AutoSchedule, Belief
 from dspark_cli.engine.costs import CostModel
-from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off, Threshold
-from dspark_cli.engine.session import OpenOptions, Session
+from dspark_cli.engine.session import OpenOptions, Session, first_difference
 from dspark_cli.engine.stats import Stats
 
 AUTO = "auto"
@@ -139,10 +138,11 @@ def run_all(
             done = index * cycles * len(arms)
             progress(Progress(done, total, form, "warming up"))
             for arm in arms:
-                _answer(session, arm, _request(session, KINDS["question"][0], 0.0, 8, settings.seed))
+                _answer(session, arm, KINDS["question"][0].request(session, 8, SamplingOptions(seed=settings.seed)))
             for repeat in range(settings.repeats):
                 for prompt, temperature in settings.cases():
-                    request = _request(session, prompt, temperature, settings.tokens, settings.seed + repeat)
+                    sampling = SamplingOptions(temperature=temperature, seed=settings.seed + repeat)
+                    request = prompt.request(session, settings.tokens, sampling)
                     cycle: list[Run] = []
                     for run in _cycle(session, arms, request, form, prompt, temperature, backwards=repeat % 2 == 1):
                         cycle.append(run)
@@ -176,34 +176,15 @@ def _compared(cycle: list[Run]) -> list[Run]:
     expected = first.tokens
     for run in (first, *others):
         run.plain_tok_s = speed
-        tokens = run.tokens
-        if tokens != expected:
-            pairs = zip(tokens, expected, strict=False)
-            at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(expected)))
+        at = first_difference(run.tokens, expected)
+        if at is not None:
             run.first_difference = at
             run.margin = margins[at] if run.temperature == 0 and at < len(margins) else None
     first.plain_tok_s = first.stats.decode_tok_s  # its own ratio is 1
     return [first, *others]
 
 
-def _request(session: Session, prompt: Prompt, temperature: float, tokens: int, seed: int) -> Request:
-    sampling = SamplingOptions(temperature=temperature, seed=seed)
-    if prompt.raw:
-        return session.text_request(prompt.text, max_tokens=tokens, sampling=sampling)
-    return session.chat_request([{"role": "user", "content": prompt.text}], max_tokens=tokens, sampling=sampling)
-
-
 def _answer(session: Session, arm: Arm, request: Request) -> tuple[Stats, list[Round]]:
-    """One answer from empty caches."""
-    target = session.target
-    target.drop(0)
-    if arm.drafter is not None:
-        arm.drafter.drop(0)
-    else:
-        target.request_features(())
-    stats, rounds = Stats(), []
-    engine = Engine(target, arm.drafter, arm.schedule, margins=arm.drafter is None)
-    for item in engine.run([request]):
-        stats.add(item)
-        rounds.append(item)
-    return stats, rounds
+    """One answer; plain decoding also says how near its choices were."""
+    rounds = answer(session.target, arm, request, margins=arm.drafter is None)
+    return Stats.of(rounds), rounds

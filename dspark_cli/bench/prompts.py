@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dspark_cli.engine.rounds import Request, SamplingOptions
+    from dspark_cli.engine.session import Session
 
 
 @dataclass(frozen=True)
@@ -12,6 +17,12 @@ class Prompt:
     kind: str
     text: str
     raw: bool = False
+
+    def request(self, session: Session, tokens: int, sampling: SamplingOptions) -> Request:
+        """This prompt for `session`, answered with at most `tokens` tokens."""
+        if self.raw:
+            return session.text_request(self.text, max_tokens=tokens, sampling=sampling)
+        return session.chat_request([{"role": "user", "content": self.text}], max_tokens=tokens, sampling=sampling)
 
 
 FERRY = (

@@ -10,12 +10,12 @@ import numpy as np
 
 from dspark_cli.backends.base import Drafter
 from dspark_cli.backends.combined import CombinedDrafter
-from dspark_cli.bench.prompts import KINDS, Prompt
+from dspark_cli.bench.prompts import KINDS
 from dspark_cli.engine.admission import admit
 from dspark_cli.engine.calibration import Recorded, Sts, ece, fit_sts, pooled, report
 from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.decode import Engine
-from dspark_cli.engine.rounds import Request, SamplingOptions
+from dspark_cli.engine.rounds import SamplingOptions
 from dspark_cli.engine.schedule import Fixed
 from dspark_cli.engine.session import Session
 
@@ -57,7 +57,7 @@ def record(
     prompts = [p for group in zip(*KINDS.values(), strict=True) for p in group]
     for number, prompt in enumerate(prompts):
         for temperature in temperatures:
-            for item in engine.run([_request(session, prompt, temperature, tokens)]):
+            for item in engine.run([prompt.request(session, tokens, SamplingOptions(temperature=temperature))]):
                 if item.drafted and item.confidence is not None:
                     # By prompt and not by round: neighbours are alike. Both halves get every kind.
                     half = (number // len(KINDS) + number) % 2
@@ -67,13 +67,6 @@ def record(
         if done >= rounds:
             break
     return Halves(source, Recorded.of(halves[0]), Recorded.of(halves[1]))
-
-
-def _request(session: Session, prompt: Prompt, temperature: float, tokens: int) -> Request:
-    sampling = SamplingOptions(temperature=temperature)
-    if prompt.raw:
-        return session.text_request(prompt.text, max_tokens=tokens, sampling=sampling)
-    return session.chat_request([{"role": "user", "content": prompt.text}], max_tokens=tokens, sampling=sampling)
 
 
 def calibrate(halves: Halves) -> tuple[Sts, dict[str, Any]]:

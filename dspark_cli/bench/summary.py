@@ -6,7 +6,6 @@ import csv
 import io
 import platform
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import psutil
 
 from dspark_cli import __version__
-from dspark_cli.backends.machine import usable_cores
+from dspark_cli.backends.machine import installed, processor, usable_cores
 from dspark_cli.bench.arms import PLAIN
 from dspark_cli.bench.local import AUTO, Results, Run
 from dspark_cli.bench.oracle import judge
@@ -62,15 +61,9 @@ def summarise(results: Results) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": platform.processor(),
+        "processor": processor(),
         "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "python": platform.python_version(),
@@ -103,7 +96,7 @@ def _rows(key: tuple[str, str, float], runs: Sequence[Run]) -> Iterable[dict[str
     for arm, own in by_arm.items():
         speeds, ratios = [r.stats.decode_tok_s for r in own], [r.ratio for r in own]
         to_best = [r.ratio / best[r.prompt, i] for i, r in _numbered(own) if (r.prompt, i) in best]
-        total = _together(own)
+        total = Stats.of(item for run in own for item in run.rounds)
         worst = min((median(r.ratio for r in own if r.prompt == p) for p in {r.prompt for r in own}), default=0.0)
         different = next((r for r in own if r.first_difference is not None), None)
         yield {
@@ -150,14 +143,6 @@ def _numbered(runs: Sequence[Run]) -> Iterable[tuple[int, Run]]:
     for run in runs:
         seen[run.prompt.text] = seen.get(run.prompt.text, -1) + 1
         yield seen[run.prompt.text], run
-
-
-def _together(runs: Sequence[Run]) -> Stats:
-    stats = Stats()
-    for run in runs:
-        for item in run.rounds:
-            stats.add(item)
-    return stats
 
 
 def oracles(runs: Sequence[Run]) -> list[dict[str, Any]]:

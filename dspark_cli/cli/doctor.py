@@ -6,13 +6,13 @@ import json as json_
 import platform
 import shutil
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dspark_cli.backends.errors import DsparkError, NotReady
+from dspark_cli.backends.machine import installed
 from dspark_cli.cli import options as o
 from dspark_cli.cli.errors import report
 
@@ -69,13 +69,6 @@ def machine() -> dict[str, Any]:
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
     }
-
-
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def llamacpp() -> dict[str, Any]:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 from platformdirs import user_cache_path
 
 from dspark_cli.backends.base import Drafter, DraftRequest, Row, Target
+from dspark_cli.backends.machine import installed, processor
 from dspark_cli.engine.costs import CostModel, Curve
 
 SCHEMA = "dspark-profile/1"
@@ -32,6 +32,9 @@ MOST_REPEATS = 7
 WIDE = 0.2  # quartiles further apart than this share of the median: the machine is busy, the profile is not kept
 SHALLOW, DEEP = 32, 512  # cached tokens at which passes are measured
 HEADER_BYTES = 1 << 20
+# Widths of passes, most telling first; the widest that a drafter asks for goes between.
+FIRST_WIDTHS = (1, 2, 4, 3)
+MORE_WIDTHS = (6, 5, 8, 7, 12, 10, 9, 14, 11, 13, 15, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 
 Notice = Callable[[str], None]
 
@@ -161,34 +164,7 @@ class _Bench:
     def widths(self) -> list[int]:
         """Tokens per pass worth measuring, most telling first; with several sequences also what all of them may need."""
         most = min(self.widest * self.target.info.n_seq, self.target.max_rows)
-        order = [
-            1,
-            2,
-            4,
-            3,
-            self.widest,
-            6,
-            5,
-            8,
-            7,
-            12,
-            10,
-            9,
-            14,
-            11,
-            13,
-            15,
-            16,
-            24,
-            32,
-            48,
-            64,
-            96,
-            128,
-            256,
-            512,
-            most,
-        ]
+        order = (*FIRST_WIDTHS, self.widest, *MORE_WIDTHS, most)
         return list(dict.fromkeys(n for n in order if n <= most))
 
     def fill(self, depth: int, until: float = float("inf")) -> int:
@@ -271,8 +247,8 @@ class Place:
         }
         key = {
             **settings,
-            "machine": f"{platform.node()} {_processor()} {os.cpu_count()}",
-            "library": f"{library} {_installed(library)}",
+            "machine": f"{platform.node()} {processor()} {os.cpu_count()}",
+            "library": f"{library} {installed(library)}",
             "model": file_facts(Path(info.path)),
             "drafter_file": file_facts(drafter_path),
         }
@@ -339,19 +315,3 @@ def costs_of(target: Target, drafter: Drafter | None, place: Place, notice: Noti
 
 def _short(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:80]
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from dspark_cli.engine.rounds import Round
 
@@ -41,6 +41,14 @@ class Stats:
     verified_at: list[int] = field(default_factory=list)  # rounds that verified position i
     reached_at: list[int] = field(default_factory=list)  # ... and accepted everything before it
     accepted_at: list[int] = field(default_factory=list)  # ... and accepted it too
+
+    @classmethod
+    def of(cls, rounds: Iterable[Round]) -> Self:
+        """Figures of `rounds`."""
+        stats = cls()
+        for item in rounds:
+            stats.add(item)
+        return stats
 
     def add(self, item: Round) -> None:
         """Count one round."""

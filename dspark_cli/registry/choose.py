@@ -183,7 +183,7 @@ def no_block_drafter(entry: Entry) -> str:
     relative = f"; {entry.sibling} has one" if entry.sibling else ""
     return (
         f"no DSpark drafter is published for {entry.name}: {instead}. "
-        f"What would change that: `dspark train {entry.name}` makes one{relative}"
+        f"What would change that: training one (`dspark train {entry.name}`, which this version cannot do yet){relative}"
     )
 
 

@@ -200,10 +200,7 @@ def explain(error: Exception, what: str) -> Exception:
     if isinstance(error, DsparkError):
         return error
     if isinstance(error, e.OfflineModeIsEnabled):
-        return NotReady(
-            f"{what} is not on this machine, and the network is switched off",
-            hint="without --offline, and with HF_HUB_OFFLINE unset",
-        )
+        return switched_off(what)
     if isinstance(error, e.GatedRepoError):
         return NotReady(
             f"{repository} is gated: its owner wants you to accept terms first",

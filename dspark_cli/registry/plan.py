@@ -238,7 +238,7 @@ def target_need(target: TargetSize, device: Device, ctx: int, options: PlanOptio
         kv=kv_bytes(target.kv_values, ctx, options.n_seq, options.kv_type),
         compute=_compute(target.n_embd, target.n_ff, target.n_vocab, device, min(options.ubatch, ctx), width),
         features=4 * features * (_batch(options, ctx) + min(options.ubatch, ctx)),
-        overhead=_overhead(target.n_vocab, device),
+        overhead=_overhead(target.n_vocab),
     )
 
 
@@ -253,7 +253,7 @@ def drafter_need(drafter: DrafterSize, device: Device, ctx: int, options: PlanOp
         compute=_compute(drafter.n_embd, drafter.n_ff, drafter.n_vocab, device, rows, drafter.width),
         # the features as they are handed over, libllama's copy of them, and its "nextn" rows for a whole batch
         features=4 * (2 * rows * drafter.features + _batch(options, ctx) * drafter.n_embd) if drafter.features else 0,
-        overhead=_overhead(drafter.n_vocab, device),
+        overhead=_overhead(drafter.n_vocab),
     )
 
 
@@ -270,9 +270,8 @@ def _batch(options: PlanOptions, ctx: int) -> int:
     return max(options.ubatch, min(2048, ctx * options.n_seq))
 
 
-def _overhead(n_vocab: int, device: Device) -> int:
+def _overhead(n_vocab: int) -> int:
     """Token texts and their index as libllama keeps them (measured: 49152 tokens take 17 MB), and a little per context."""
-    del device
     return 350 * n_vocab
 
 

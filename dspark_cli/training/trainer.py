@@ -1,6 +1,6 @@
 """Trains a DSpark or DFlash drafter on a feature cache.
 
-Samples per second is what counts on a small machine (docs/training.md): every answer position of a document is an anchor,
+Samples per second is what counts on a small machine: every answer position of a document is an anchor,
 all blocks share the document's context keys, and most of the time goes to short blocks, the full block last.
 """
 
