@@ -103,16 +103,28 @@ class TestWatch:
         [text] = self.run("dspark")
         assert "proposed nothing in 50 rounds" in text
 
-    def test_quiet_before_fifty_rounds_when_parked_and_once_one_was_accepted(self) -> None:
+    def test_quiet_before_fifty_rounds_and_once_one_was_accepted(self) -> None:
         assert not self.run("dspark", FIRST_ROUNDS - 1)
-        assert not self.run("dspark", parked="too slow")
         assert not self.run("dspark", drafted=5, verified=2, accepted=1, source="dspark")
+
+    def test_parked_from_the_start(self) -> None:
+        [text] = self.run("dspark", parked="0.7x expected")
+        assert "proposed nothing in 50 rounds" in text
+        assert "parked (0.7x expected)" in text
 
     def test_lookup_may_find_nothing(self) -> None:
         assert not self.run("lookup")
         assert not self.run("dspark", drafted=3, verified=3, accepted=0, source="lookup")
 
     def test_few_verified_tokens_are_no_proof(self) -> None:
+        """As `auto` does it: a few wrong tokens, then parked. Said so after 50 rounds, and again when it is certain."""
         watch = Watch("dspark")
-        said = [watch.add(Round(0, (1,), drafted=5, verified=int(i < 5), source="dspark")) for i in range(80)]
-        assert not any(said)
+        few = [Round(0, (1,), drafted=5, verified=2, source="dspark")] * 3 + [
+            Round(0, (1,), parked="0.5x observed")
+        ] * 77
+        [text] = [text for item in few if (text := watch.add(item))]
+        assert "of 6 tokens" in text
+        assert "parked (0.5x observed), so that may be bad luck" in text
+        probes = [Round(0, (1,), drafted=5, verified=2, source="dspark")] * 20
+        [text] = [text for item in probes if (text := watch.add(item))]
+        assert "bad luck" not in text

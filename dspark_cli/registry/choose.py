@@ -20,6 +20,8 @@ from dspark_cli.registry.schema import Entry, KnownDrafter
 
 #: on a CPU, first to last
 CPU_ORDER = ("Q4_K_M", "Q4_0", "Q4_1", "Q4_K_S", "IQ4_XS", "Q5_K_M", "Q3_K_M", "Q6_K", "Q8_0", "Q2_K", "F16")
+#: family of targets that models.toml does not know
+UNKNOWN = "unknown"
 #: --backend words that are kinds of devices
 DEVICE_KINDS = ("cuda", "rocm", "metal", "vulkan", "cpu")
 
@@ -90,7 +92,7 @@ def choose(entry: Entry, machine: Machine, wish: Wish | None = None) -> Resoluti
                 fits.sort(key=lambda found: -found[1].gpu_layers / found[1].n_layer)
             if fits:
                 left_out = () if attempt is drafter else (_left_out(drafter),)
-                return _resolution(entry, *fits[0], attempt, (*notes, *left_out, *fits[0][1].notes))
+                return _resolution(entry, *fits[0], attempt, (*notes, *left_out, *fits[0][1].notes), wish.here)
     raise _too_small(entry, candidates, drafter, machine, wish)
 
 
@@ -149,9 +151,9 @@ def _preference(device: Device) -> Callable[[str], tuple[bool, int]]:
 
 def _drafter(entry: Entry, machine: Machine, wish: Wish) -> tuple[KnownDrafter | None, list[str]]:
     """The drafter this machine can run, with what there is to say about it."""
-    notes = [] if _has_block_drafter(entry) or wish.drafter == "none" else [no_block_drafter(entry)]
-    if wish.drafter in ("none", "lookup") or wish.drafter not in ("auto", "dspark", "dflash", "eagle3", "small"):
-        return None, notes  # a path is looked at when it is loaded
+    if wish.drafter not in ("auto", "dspark", "dflash", "eagle3", "small"):
+        return None, []  # none and lookup need nothing, a path is looked at when it is loaded
+    notes = [] if _has_block_drafter(entry) else [no_block_drafter(entry)]
     for drafter in entry.drafter:
         if not drafter.usable or wish.drafter not in ("auto", drafter.kind):
             continue
@@ -178,6 +180,8 @@ def _has_block_drafter(entry: Entry) -> bool:
 
 def no_block_drafter(entry: Entry) -> str:
     """The plain statement that a target has no drafter of its own, and what would change that."""
+    if entry.family == UNKNOWN:
+        return f"no drafter is known for {entry.name}: it drafts by lookup; --drafter PATH takes one"
     small = next((drafter.repository for drafter in entry.drafter if drafter.kind == "small"), None)
     instead = f"it drafts with {small} and lookup" if small else "it drafts by lookup"
     relative = f"; {entry.sibling} has one" if entry.sibling else ""
@@ -214,14 +218,19 @@ def _on_cpu(plan: MemoryPlan) -> bool:
 
 
 def _resolution(
-    entry: Entry, candidate: _Candidate, plan: MemoryPlan, drafter: KnownDrafter | None, notes: Sequence[str]
+    entry: Entry,
+    candidate: _Candidate,
+    plan: MemoryPlan,
+    drafter: KnownDrafter | None,
+    notes: Sequence[str],
+    here: Sequence[str],
 ) -> Resolution:
     if candidate.format == "safetensors":
         repository, file = entry.safetensors, None
     else:
         listed = entry.gguf_files.get(candidate.quant)
         repository, file = entry.gguf, listed.file if listed else None
-    if not entry.shape_known:
+    if not entry.shape_known and candidate.quant not in here:
         notes = (
             *notes,
             f"the shape of {entry.name} is not in models.toml: the plan is an estimate until its file is here",

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspark_cli.backends.errors import DsparkError, NotReady
+from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
 from dspark_cli.backends.gguf_file import check_file
 from dspark_cli.registry.models import find, names
 
 if TYPE_CHECKING:
     from dspark_cli.registry.choose import Machine, Resolution, Wish
     from dspark_cli.registry.plan import MemoryPlan, PlanOptions
-    from dspark_cli.registry.schema import Entry
+    from dspark_cli.registry.schema import Entry, GgufFile
 
 _REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -40,6 +41,11 @@ class Resolved:
     @property
     def backend(self) -> str:
         return "torch" if self.path.is_dir() else "llamacpp"
+
+    def noting(self, happened: Sequence[str]) -> Resolved:
+        """With what went wrong when its drafter was fetched, in place of the advice to fetch it."""
+        known = self.resolution.notes if self.resolution and happened else self.notes
+        return replace(self, notes=(*known, *happened))
 
 
 def resolve(model: str, quant: str | None = None, wish: Wish | None = None, machine: Machine | None = None) -> Resolved:
@@ -136,24 +142,52 @@ def plan_for(
 
 
 def pulled_entry(repository: str) -> Entry:
-    """An entry for a repository that models.toml does not know, from what of it is on this disk."""
+    """An entry for a Hub repository, from what of it is on this disk."""
     from dspark_cli.registry.disk import cached_checkpoint, gguf_files, snapshot
     from dspark_cli.registry.quants import quant_of
-    from dspark_cli.registry.schema import Entry, GgufFile
+    from dspark_cli.registry.schema import GgufFile
 
+    refuse_drafter(repository)
     folder = snapshot(repository)
     files = {quant_of(name) or "F16": (name, path) for name, path in gguf_files(folder).items()}
     if not files and cached_checkpoint(repository) is None:
         raise NotReady(f"nothing of {repository} is on this machine", hint=f"dspark pull {repository}")
     listed = {quant: GgufFile(file=name, bytes=path.stat().st_size) for quant, (name, path) in files.items()}
-    return Entry(
-        name=repository.partition("/")[2],
-        family="unknown",
-        parameters="1B",
-        gguf=repository if files else None,
-        gguf_files=listed,
-        safetensors=None if files else repository,
-    )
+    return entry_of(repository, listed)
+
+
+def entry_of(repository: str, gguf_files: dict[str, GgufFile], weight_bytes: int = 0) -> Entry:
+    """An entry for the files of a repository: with its target's drafters and shape where models.toml knows it.
+
+    weight_bytes: of a checkpoint.
+    """
+    from dspark_cli.registry.choose import UNKNOWN
+    from dspark_cli.registry.models import load_models
+    from dspark_cli.registry.schema import Entry
+
+    entries = load_models().values()
+    known = next((e for e in entries if repository in (e.gguf, e.safetensors, *e.gguf_mirrors)), None)
+    about = known or Entry(name="x", family=UNKNOWN, parameters="1B", n_params=weight_bytes // 2 or None)
+    files = {
+        "gguf": repository if gguf_files else None,
+        "gguf_files": gguf_files,
+        "safetensors": None if gguf_files else repository,
+    }
+    return about.model_copy(update={"name": repository, "gguf_mirrors": (), **files})
+
+
+def refuse_drafter(repository: str) -> None:
+    """Raise BadInput for a repository that models.toml knows as the drafter of some target, and not as a target."""
+    from dspark_cli.registry.models import load_models
+
+    entries = list(load_models().values())
+    if any(repository in (e.gguf, e.safetensors, *e.gguf_mirrors) for e in entries):
+        return
+    for entry in entries:
+        if any(repository == drafter.repository for drafter in entry.drafter):
+            raise BadInput(
+                f"{repository} is a drafter for {entry.name}, not a target", hint=f"dspark chat {entry.name}"
+            )
 
 
 def _choose(entry: Entry, wish: Wish, machine: Machine | None) -> Resolution:
