@@ -90,8 +90,11 @@ TABLE: dict[tuple[str, str], tuple[str, str, str | None] | None] = {
     ("24 GB GPU", "qwen2.5-32b"): ("Q4_K_M", "CUDA0", "small"),
     ("80 GB GPU", "qwen2.5-32b"): ("Q8_0", "CUDA0", "small"),
     ("16 GB CPU", "qwen2.5-32b"): None,
+    # 12B with a drafter of 6.9 GB in bf16
+    ("16 GB GPU", "gemma-4-12b"): ("Q3_K_M", "CUDA0", "dspark"),
+    ("24 GB GPU", "gemma-4-12b"): ("Q8_0", "CUDA0", "dspark"),
     # full precision only, and nothing here drives torch on a GPU
-    ("24 GB GPU", "gemma-4-12b"): None,
+    ("24 GB GPU", "minicpm5-2b"): None,
 }
 
 

@@ -144,12 +144,13 @@ def plan_for(
 def pulled_entry(repository: str) -> Entry:
     """An entry for a Hub repository, from what of it is on this disk."""
     from dspark_cli.registry.disk import cached_checkpoint, gguf_files, snapshot
-    from dspark_cli.registry.quants import quant_of
+    from dspark_cli.registry.quants import is_target_file, quant_of
     from dspark_cli.registry.schema import GgufFile
 
     refuse_drafter(repository)
     folder = snapshot(repository)
-    files = {quant_of(name) or "F16": (name, path) for name, path in gguf_files(folder).items()}
+    found = {name: path for name, path in gguf_files(folder).items() if is_target_file(name)}
+    files = {quant_of(name) or "F16": (name, path) for name, path in found.items()}
     if not files and cached_checkpoint(repository) is None:
         raise NotReady(f"nothing of {repository} is on this machine", hint=f"dspark pull {repository}")
     listed = {quant: GgufFile(file=name, bytes=path.stat().st_size) for quant, (name, path) in files.items()}

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, field_validator, model_validator
 
 from dspark_cli.registry.plan import DrafterSize, TargetSize
-from dspark_cli.registry.quants import FULL_PRECISION, weight_bytes
+from dspark_cli.registry.quants import BITS, FULL_PRECISION, weight_bytes
 
 Repository = Annotated[str, StringConstraints(pattern=r"^[\w.-]+/[\w.-]+$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.+-]+$", min_length=1)]
@@ -68,6 +68,12 @@ class KnownDrafter(_Table):
     @classmethod
     def _floats(cls, value: Any) -> Any:
         return {key: float(v) if isinstance(v, int) else v for key, v in value.items()} if _is_table(value) else value
+
+    @model_validator(mode="after")
+    def _has_a_place(self) -> KnownDrafter:
+        if not (self.repository or self.builtin):
+            raise ValueError('needs repository, such as "deepseek-ai/dspark_qwen3_4b_block7"')
+        return self
 
     @property
     def path(self) -> Path | None:
@@ -129,6 +135,19 @@ class Entry(_Table):
     def _short_form(cls, value: Any) -> Any:
         """`Q4_K_M = "name.gguf"` is short for `{ file = "name.gguf" }`."""
         return {q: {"file": f} if isinstance(f, str) else f for q, f in value.items()} if _is_table(value) else value
+
+    @field_validator("gguf_files")
+    @classmethod
+    def _known_formats(cls, value: dict[str, GgufFile]) -> dict[str, GgufFile]:
+        if wrong := next((quant for quant in value if quant not in BITS), None):
+            raise ValueError(f"unknown format {wrong!r}, one of {', '.join(BITS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _has_files(self) -> Entry:
+        if not (self.gguf or self.safetensors or self.package):
+            raise ValueError('needs gguf or safetensors, a Hub repository such as "Qwen/Qwen3-4B-GGUF"')
+        return self
 
     @field_validator("parameters")
     @classmethod
