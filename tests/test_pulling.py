@@ -6,26 +6,31 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from typer.testing import CliRunner, Result
 
 from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
+from dspark_cli.cli import app
 from dspark_cli.registry import download, hub
 from dspark_cli.registry.choose import Wish
 from dspark_cli.registry.disk import hub_cache
-from dspark_cli.registry.download import pull_files
+from dspark_cli.registry.download import Silent, pull_files
 from dspark_cli.registry.lock import locked, read_lock
 from dspark_cli.registry.models import find
 from dspark_cli.registry.obtain import obtain, pull
 from dspark_cli.registry.remove import carry_out, removal
-from dspark_cli.registry.resolve import resolve
+from dspark_cli.registry.resolve import pulled_entry, resolve
 from hub_server import HubServer, Repository
-from tiny_hub import DRAFT, MACHINE, PARTS, TARGET, contents, pulled_parts
+from tests_support import own_registry
+from tiny_hub import DRAFT, MACHINE, PARTS, REGISTRY, TARGET, contents, pulled_parts
 
 
 def test_a_gated_repository_says_how_to_get_in(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,9 +197,12 @@ def test_a_lock_file_that_is_damaged(server: HubServer) -> None:
 def test_pull_and_rm_from_the_command_line(server: HubServer, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(hub_cache()), "HF_HUB_OFFLINE": "0"}
 
-    def dspark(*args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    def dspark(*args: str) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "dspark_cli", *args]
-        return subprocess.run(command, env=environment, input=stdin, capture_output=True, timeout=120, check=False)
+        return subprocess.run(command, env=environment, input=b"", capture_output=True, timeout=120, check=False)
+
+    def here(*args: str) -> Result:
+        return CliRunner().invoke(app, list(args))
 
     done = dspark("pull", "tiny", "--json")
     assert done.returncode == 0, done.stderr.decode()
@@ -202,15 +210,17 @@ def test_pull_and_rm_from_the_command_line(server: HubServer, tmp_path: Path) ->
     assert facts["drafter"] == DRAFT
     assert len(facts["repositories"][0]["paths"]) == 3
     assert b"hash checked" in done.stderr
-    row = json.loads(dspark("models", "tiny", "--json").stdout)
+    row = json.loads(here("models", "tiny", "--json").stdout)
     assert row["on_disk"] == {"Q4_K_M": sum(map(len, PARTS.values()))}
-    assert dspark("rm", "tiny").returncode == 2  # nobody there to say yes
-    assert f"{DRAFT}: 1 files, 0 MB".encode() in dspark("rm", "tiny", "--dry-run").stdout
-    freed = json.loads(dspark("rm", "tiny", "--yes", "--json").stdout)
+    assert here("rm", "tiny").exit_code == 2  # nobody there to say yes
+    assert f"{DRAFT}: 1 file, 300 kB" in here("rm", "tiny", "--dry-run").stdout
+    freed = json.loads(here("rm", "tiny", "--yes", "--json").stdout)
     assert freed["freed_bytes"] == sum(map(len, PARTS.values())) + 300_000
-    gone = dspark("pull", "tiny", "--offline")
-    assert gone.returncode == 3
-    assert b"switched off" in gone.stderr
+    for arguments, variable in ((["--offline"], "0"), ([], "1")):
+        environment["HF_HUB_OFFLINE"] = variable
+        gone = dspark("pull", "tiny", *arguments)
+        assert gone.returncode == 3
+        assert b"switched off" in gone.stderr
 
 
 def test_the_entry_of_the_users_own_file_is_merged(server: HubServer) -> None:
@@ -218,3 +228,162 @@ def test_the_entry_of_the_users_own_file_is_merged(server: HubServer) -> None:
     listing = hub.list_files(TARGET)
     assert list(hub.quants_in(listing)) == ["Q8_0", "Q4_K_M"]
     pull_files(listing, hub.gguf_parts(listing, None, "Q8_0"))
+
+
+class _Watched(Silent):
+    """Keeps what was announced and what was said."""
+
+    def __init__(self) -> None:
+        self.expected: list[tuple[int, int, int]] = []
+
+    def expect(self, files: int, total: int, have: int) -> None:
+        self.expected.append((files, total, have))
+
+
+def test_the_whole_pull_is_announced_before_its_first_byte(server: HubServer) -> None:
+    whole = sum(map(len, PARTS.values()))
+    report = _Watched()
+    pull("tiny", Wish(drafter="none"), MACHINE, report)
+    pull("tiny", machine=MACHINE, report=report)
+    assert report.expected == [(3, whole, 0), (4, whole + 300_000, whole)]
+
+
+def test_a_drafter_without_room_on_the_disk_is_left_out(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sum(map(len, PARTS.values()))
+    usage = shutil.disk_usage("/")._replace(free=download.SPARE_BYTES + whole + 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    done = pull("tiny", machine=MACHINE)
+    assert pulled_parts() == PARTS
+    assert [item.repository for item in done.pulled] == [TARGET]
+    assert any(f"{TARGET} and {DRAFT} need 2 MB more on disk" in note for note in done.happened)
+
+
+def test_a_target_that_is_here_answers_when_its_drafter_cannot_be_fetched(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pull("tiny", Wish(drafter="none"), MACHINE)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    found = obtain("tiny", Wish(), MACHINE)
+    assert found.drafter_path is None
+    [note] = [note for note in found.notes if "no drafter" in note]
+    assert "cannot be reached" in note
+    assert not any("brings it" in note for note in found.notes)
+
+
+def test_a_repository_that_the_registry_knows_gets_its_drafter(server: HubServer) -> None:
+    found = obtain(TARGET, Wish(quant="Q4_K_M"), MACHINE)
+    assert found.drafter_path is not None
+    assert found.name == TARGET
+    with pytest.raises(BadInput, match=f"{DRAFT} is a drafter for tiny, not a target") as error:
+        obtain(DRAFT, Wish(), MACHINE)
+    assert error.value.hint == "dspark chat tiny"
+
+
+def test_files_beside_a_target_are_no_targets(server: HubServer) -> None:
+    server.repositories[TARGET] = Repository(
+        {"földer a/tiny q8_0.gguf": b"x" * 5000, "mmproj-F16.gguf": b"y" * 3000, "dspark-tiny-Q4_K_M.gguf": b"z" * 2000}
+    )
+    listing = hub.list_files(TARGET)
+    assert list(hub.quants_in(listing)) == ["Q8_0"]
+    pull_files(listing, list(listing.files.values()))
+    assert list(pulled_entry(TARGET).gguf_files) == ["Q8_0"]
+    assert resolve(TARGET, machine=MACHINE).path.read_bytes() == b"x" * 5000
+
+
+def test_through_a_proxy(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name resolves nowhere: only the proxy, played by the stand-in itself, can answer."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://hub.invalid")
+    template = "http://hub.invalid/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    huggingface_hub.close_session()  # it reads the variables when it is made
+    pull("tiny", machine=MACHINE)
+    assert pulled_parts() == PARTS
+    assert all(path.startswith("http://hub.invalid/") for _, path, _ in server.requests)
+
+
+def test_rm_says_which_targets_share_a_repository(server: HubServer) -> None:
+    pull("tiny", machine=MACHINE)
+    [target, drafter] = removal("tiny")
+    assert (target.shared, drafter.shared) == ((), ())
+    own_registry(
+        REGISTRY + f'[[model]]\nname = "small"\nfamily = "tiny"\nparameters = "1M"\ngguf = "{DRAFT}"\n',
+    )
+    assert removal("tiny")[1].shared == ("small",)
+
+
+def test_ctrl_c_says_how_to_go_on(server: HubServer) -> None:
+    server.pause_s = 0.01
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(hub_cache()), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "dspark_cli", "pull", "tiny"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while server.sent < 100_000 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.decode().rstrip().endswith("stopped: the same command continues where it is")
+    assert "Traceback" not in said.decode()
+
+
+#: run on a disk of 3 MB: it is filled up after 300 kB, cleared, and at last mounted read-only
+SMALL_DISK = """
+import os, subprocess, sys
+from pathlib import Path
+from dspark_cli.backends.errors import DsparkError
+from dspark_cli.registry import download
+from dspark_cli.registry.choose import Wish
+from dspark_cli.registry.obtain import obtain, pull
+
+disk, url = Path(sys.argv[1]), sys.argv[2]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "small", disk], check=True)
+download.SPARE_BYTES, download.CHUNK = 0, 16384
+
+class Filling(download.Silent):
+    left = 300_000
+    def advance(self, name, n_bytes):
+        self.left -= n_bytes
+        if self.left < 0 and not (disk / "fill").exists():
+            with (disk / "fill").open("wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    pass
+
+def says(error):
+    print(type(error).__name__, error, "|", error.hint)
+
+try:
+    pull("tiny", report=Filling())
+except DsparkError as error:
+    says(error)
+(disk / "fill").unlink()
+print(sum(item.downloaded for item in pull("tiny").pulled))
+subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+print(sum(item.downloaded for item in pull("tiny", verify=True).pulled), obtain("tiny", Wish()).drafter_path.name)
+try:
+    pull("tester/tiny-GGUF", Wish(quant="Q8_0"))
+except DsparkError as error:
+    says(error)
+"""
+
+
+def test_a_real_disk_that_fills_up_and_one_mounted_read_only(server: HubServer, tmp_path: Path) -> None:
+    disk = tmp_path / "small disk ü"
+    disk.mkdir()
+    alone = ["unshare", "--map-root-user", "--mount"]
+    if subprocess.run([*alone, "mount", "-t", "tmpfs", "x", disk], capture_output=True, check=False).returncode:
+        pytest.skip("this system lets nobody mount a small disk of his own")
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(disk / "hub"), "HF_HUB_OFFLINE": "0"}
+    command = [*alone, sys.executable, "-c", SMALL_DISK, str(disk), server.url]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    full, resumed, kept, refused = done.stdout.decode().splitlines()
+    assert full.startswith(f"NotReady the disk of {disk}/hub is full: tiny-q4_k_m-00001-of-00003.gguf lacks")
+    assert full.endswith("it continues where it stopped")
+    assert 1_500_000 < int(resumed) < sum(map(len, PARTS.values())) + 300_000 - 300_000
+    assert kept == "0 tiny-draft-q8_0.gguf"
+    assert "cannot be written (Read-only file system), and tiny-q8_0.gguf is not in it" in refused
+    assert refused.endswith("HF_HUB_CACHE=/a/folder/of/yours with the same command")

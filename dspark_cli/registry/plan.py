@@ -221,7 +221,9 @@ class PlanOptions:
 
 
 def size(n_bytes: int) -> str:
-    """Bytes as people read them: "9.1 GB", "98 MB"."""
+    """Bytes as people read them: "9.1 GB", "98 MB", "12 kB"."""
+    if 0 < n_bytes < 0.95e6:
+        return f"{n_bytes / 1e3:.0f} kB"
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 0.95e9 else f"{n_bytes / 1e6:.0f} MB"
 
 
