@@ -16,6 +16,7 @@ from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
 from dspark_cli.registry.quants import BITS, is_target_file, part_of, parts_of, quant_of, rank, whole_name
 
 T = TypeVar("T")
+ONLINE = "without --offline, and with HF_HUB_OFFLINE unset"
 #: answers that may be different in a moment
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 #: tries without any progress before giving up (fewer for a server that was never reached), first and longest wait (seconds)
@@ -197,7 +198,7 @@ def explain(error: Exception, what: str) -> Exception:
     if isinstance(error, DsparkError):
         return error
     if isinstance(error, e.OfflineModeIsEnabled):
-        return switched_off(what)
+        return NotReady(f"{what} cannot be looked up: the network is switched off", hint=ONLINE)
     if isinstance(error, e.GatedRepoError):
         return NotReady(
             f"{repository} is gated: its owner wants you to accept terms first",
@@ -238,7 +239,7 @@ def explain(error: Exception, what: str) -> Exception:
 def switched_off(what: str) -> NotReady:
     return NotReady(
         f"{what} is not on this machine, and the network is switched off",
-        hint="without --offline, and with HF_HUB_OFFLINE unset",
+        hint=ONLINE,
     )
 
 
