@@ -174,14 +174,13 @@ def patiently(ask: Callable[[], T], *, what: str, progress: Callable[[], int] | 
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """Failures of the connection. huggingface-hub has changed its HTTP library twice: ask its own session."""
+    """Failures of the connection. huggingface-hub has changed its HTTP library (httpx, httpx2): ask its own session."""
     from huggingface_hub.utils import get_session
 
     if offline():
         return (ConnectionError, TimeoutError)
     library: Any = sys.modules[type(get_session()).__mro__[-3].__module__.partition(".")[0]]
-    transport = getattr(library, "TransportError", None) or library.exceptions.RequestException
-    return (transport, ConnectionError, TimeoutError)
+    return (library.TransportError, ConnectionError, TimeoutError)
 
 
 def _retry_after(error: Any) -> float | None:

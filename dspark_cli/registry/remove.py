@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dspark_cli.backends.errors import BadInput, DsparkError
+from dspark_cli.registry.as_gguf import copies_of
 from dspark_cli.registry.disk import hub_cache, repositories
 from dspark_cli.registry.lock import forget, locked, read_lock
 from dspark_cli.registry.models import find
@@ -16,7 +17,8 @@ from dspark_cli.registry.resolve import is_repository
 class Removal:
     """One repository's files to go; contents that another revision uses stay.
 
-    freed: bytes that come free; links: snapshot entries; blobs: their contents, unfinished downloads included
+    freed: bytes that come free; links: snapshot entries
+    blobs: their contents, unfinished downloads and GGUF copies included
     shared: other targets of the registry that read files of this repository
     """
 
@@ -83,6 +85,7 @@ def _of(repository: str) -> Removal | None:
     blobs = {path for path in blobs if path.is_relative_to(root.resolve()) and path.is_file()}
     blobs |= set((root / "blobs").glob("*.incomplete")) if (root / "blobs").is_dir() else set()
     copies = [path for path in links if not path.is_symlink()]
+    blobs |= set(copies_of(repository))
     freed = sum(path.stat().st_size for path in (*blobs, *copies))
     return Removal(repository, links, sorted(blobs), freed) if links or blobs else None
 

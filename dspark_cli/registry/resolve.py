@@ -66,14 +66,14 @@ def resolve(model: str, quant: str | None = None, wish: Wish | None = None, mach
         others = ", ".join(wish.here)
         raise NotReady(
             f"{entry.name} is not on this machine as {choice.quant}, but as {others}",
-            hint=f"dspark pull {entry.name} --quant {choice.quant}, or --quant {wish.here[0]}",
+            hint=f"dspark pull {model} --quant {choice.quant}, or --quant {wish.here[0]}",
         )
     here = entry.checkpoint() if choice.format == "safetensors" else entry.on_disk()[choice.quant]
     assert here is not None
     drafter = _local_drafter(choice)
     notes = list(choice.notes)
     if choice.drafter is not None and drafter is None:
-        notes.append(f"its drafter {choice.drafter.repository} is not here: `dspark pull {entry.name}` brings it")
+        notes.append(f"its drafter {choice.drafter.repository} is not here: `dspark pull {model}` brings it")
     return Resolved(entry.name, here, drafter, entry, choice, tuple(notes))
 
 
@@ -199,7 +199,13 @@ def _choose(entry: Entry, wish: Wish, machine: Machine | None) -> Resolution:
 
 
 def _local_drafter(choice: Resolution) -> Path | None:
-    return choice.drafter.path if choice.drafter is not None else None
+    """Its file; beside a GGUF target that of its copy, as libllama runs no checkpoint."""
+    from dspark_cli.registry.as_gguf import gguf_copy
+
+    path = choice.drafter.path if choice.drafter is not None else None
+    if path is None or not path.is_dir() or choice.backend == "torch":
+        return path
+    return copy if (copy := gguf_copy(path)).exists() else None
 
 
 def _missing(entry: Entry) -> DsparkError:

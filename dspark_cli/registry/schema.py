@@ -201,18 +201,23 @@ class Entry(_Table):
     def shape_known(self) -> bool:
         return None not in (self.n_layer, self.n_embd, self.n_head_kv, self.head_dim, self.n_vocab)
 
-    def drafter_size(self, drafter: KnownDrafter) -> DrafterSize:
-        """What the memory plan needs of `drafter`. Published cards give little: the rest is the target's own shape."""
+    def drafter_size(self, drafter: KnownDrafter, backend: str = "torch") -> DrafterSize:
+        """What the memory plan needs of `drafter`. Published cards give little: the rest is the target's own shape.
+
+        backend: of the target; beside llama.cpp a checkpoint runs as its Q8_0 copy
+        """
         target = self.size_at()
         n_params = drafter.n_params or max(self.count // 8, 1)
-        form = "Q8_0" if drafter.format == "gguf" else FULL_PRECISION
+        copied = backend == "llamacpp" and drafter.format == "safetensors"
+        form = "Q8_0" if drafter.format == "gguf" or copied else FULL_PRECISION
+        listed = drafter.bytes and int(drafter.bytes * (BITS[form] / BITS[FULL_PRECISION] if copied else 1))
         small = drafter.kind == "small"
         layers = 24 if small else 1 if drafter.kind == "eagle3" else 5
         # A standalone small model of today has narrow keys and values; the others attend as the target does.
         kv_width = 2 * layers * 256 if small else target.kv_values * layers // max(target.n_layer, 1)
         return DrafterSize(
             kind=drafter.kind,
-            weights=drafter.bytes or weight_bytes(n_params, form),
+            weights=listed or weight_bytes(n_params, form),
             n_layer=layers,
             n_embd=896 if small else target.n_embd,
             n_vocab=target.n_vocab,
