@@ -32,6 +32,9 @@ from hub_server import HubServer, Repository
 from tests_support import own_registry
 from tiny_hub import DRAFT, MACHINE, PARTS, REGISTRY, TARGET, contents, pulled_parts
 
+#: a file that begins as a GGUF does; nobody reads further before it is loaded
+HEADER = b"GGUF" + bytes(3000)
+
 
 def test_a_gated_repository_says_how_to_get_in(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.repositories[TARGET].gated = True
@@ -277,6 +280,24 @@ def test_a_repository_that_the_registry_knows_gets_its_drafter(server: HubServer
     with pytest.raises(BadInput, match=f"{DRAFT} is a drafter for tiny, not a target") as error:
         obtain(DRAFT, Wish(), MACHINE)
     assert error.value.hint == "dspark chat tiny"
+
+
+def test_a_repository_that_nobody_listed(server: HubServer) -> None:
+    files = {"model-f16.gguf": HEADER, "README.md": b"x"}
+    server.repositories = {"some.body/a-model": Repository(files)}
+    done = pull("some.body/a-model", machine=MACHINE)
+    assert done.choice.notes[0] == (
+        "no drafter is known for some.body/a-model: it drafts by lookup; --drafter PATH takes one"
+    )
+    found = resolve("some.body/a-model", machine=MACHINE)
+    assert found.path.read_bytes() == HEADER
+    assert found.notes == done.choice.notes[:1], "the file is here: nothing is an estimate any more"
+    shown = CliRunner().invoke(app, ["models", "some.body/a-model"])
+    assert shown.stdout.startswith("some.body/a-model (not in models.toml)\n")
+    assert "format      F16" in shown.stdout
+    with pytest.raises(NotReady, match=r"nothing of some\.body/b-model is on this machine") as error:
+        resolve("some.body/b-model", machine=MACHINE)
+    assert error.value.hint == "dspark pull some.body/b-model"
 
 
 def test_files_beside_a_target_are_no_targets(server: HubServer) -> None:

@@ -25,9 +25,12 @@ def models(
     """
     from dspark_cli.registry import find, load_models
     from dspark_cli.registry.devices import this_machine
+    from dspark_cli.registry.resolve import is_repository, pulled_entry
 
     machine = this_machine()
-    entries = [find(name)] if name is not None else list(load_models().values())
+    entries = list(load_models().values())
+    if name is not None:
+        entries = [pulled_entry(name) if is_repository(name) else find(name)]
     rows = [row for row in (_row(entry, machine) for entry in entries) if row["fits"] or not fits]
     if json:
         typer.echo(json_.dumps(rows[0] if name is not None and rows else rows, ensure_ascii=False, default=str))
@@ -40,7 +43,7 @@ def models(
 
 def _row(entry: Entry, machine: Machine) -> dict[str, Any]:
     from dspark_cli.backends.errors import DsparkError
-    from dspark_cli.registry.choose import Wish, choose, fitting, quants
+    from dspark_cli.registry.choose import UNKNOWN, Wish, choose, fitting, quants
     from dspark_cli.registry.quants import FULL_PRECISION
 
     here = entry.on_disk()
@@ -59,7 +62,7 @@ def _row(entry: Entry, machine: Machine) -> dict[str, Any]:
         "name": entry.name,
         "aliases": list(entry.aliases),
         "family": entry.family,
-        "parameters": entry.parameters,
+        "parameters": None if entry.family == UNKNOWN else entry.parameters,
         "context": entry.context,
         "licence": entry.licence,
         "thinking": entry.thinking,
@@ -122,7 +125,8 @@ def _print_one(row: dict[str, Any]) -> None:
     from dspark_cli.registry.plan import size
 
     echo = typer.echo
-    echo(f"{row['name']} ({row['parameters']}, {row['family']}; {', '.join(row['aliases']) or 'no aliases'})")
+    about = f"{row['parameters']}, {row['family']}; {', '.join(row['aliases']) or 'no aliases'}"
+    echo(f"{row['name']} ({about if row['parameters'] else 'not in models.toml'})")
     for key in ("licence", "context", "thinking", "gguf", "safetensors", "source", "note"):
         if row[key]:
             mark = " (not confirmed)" if key in row["unconfirmed"] else ""

@@ -72,8 +72,9 @@ def cached_quants(entry: Entry) -> dict[str, Path]:
             found[quant] = path
     for repository in repositories(entry):
         for name, path in gguf_files(snapshot(repository)).items():
-            if is_target_file(name) and (quant := quant_of(name)):
-                found.setdefault(quant, path)
+            named = quant_of(name)
+            if named and is_target_file(name):
+                found.setdefault(named, path)
     return dict(sorted(found.items(), key=lambda item: rank(item[0])))
 
 

@@ -144,7 +144,7 @@ def plan_for(
 def pulled_entry(repository: str) -> Entry:
     """An entry for a Hub repository, from what of it is on this disk."""
     from dspark_cli.registry.disk import cached_checkpoint, gguf_files, snapshot
-    from dspark_cli.registry.quants import is_target_file, quant_of
+    from dspark_cli.registry.quants import is_target_file, parts_of, quant_of
     from dspark_cli.registry.schema import GgufFile
 
     refuse_drafter(repository)
@@ -153,7 +153,10 @@ def pulled_entry(repository: str) -> Entry:
     files = {quant_of(name) or "F16": (name, path) for name, path in found.items()}
     if not files and cached_checkpoint(repository) is None:
         raise NotReady(f"nothing of {repository} is on this machine", hint=f"dspark pull {repository}")
-    listed = {quant: GgufFile(file=name, bytes=path.stat().st_size) for quant, (name, path) in files.items()}
+    listed = {
+        quant: GgufFile(file=name, bytes=sum((path.parent / part).stat().st_size for part in parts_of(path.name)))
+        for quant, (name, path) in files.items()
+    }
     return entry_of(repository, listed)
 
 
@@ -168,13 +171,17 @@ def entry_of(repository: str, gguf_files: dict[str, GgufFile], weight_bytes: int
 
     entries = load_models().values()
     known = next((e for e in entries if repository in (e.gguf, e.safetensors, *e.gguf_mirrors)), None)
-    about = known or Entry(name="x", family=UNKNOWN, parameters="1B", n_params=weight_bytes // 2 or None)
-    files = {
-        "gguf": repository if gguf_files else None,
-        "gguf_files": gguf_files,
-        "safetensors": None if gguf_files else repository,
-    }
-    return about.model_copy(update={"name": repository, "gguf_mirrors": (), **files})
+    gguf, safetensors = (repository, None) if gguf_files else (None, repository)
+    about = known or Entry(
+        name="x",
+        family=UNKNOWN,
+        parameters="1B",
+        n_params=weight_bytes // 2 or None,
+        gguf=gguf,
+        safetensors=safetensors,
+    )
+    place = {"gguf": gguf, "gguf_mirrors": (), "gguf_files": gguf_files, "safetensors": safetensors}
+    return about.model_copy(update={"name": repository, **place})
 
 
 def refuse_drafter(repository: str) -> None:
