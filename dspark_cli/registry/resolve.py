@@ -123,13 +123,21 @@ def check_path(path: Path) -> Path:
 def plan_for(
     found: Resolved, machine: Machine, options: PlanOptions | None = None, drafter_path: Path | None = None
 ) -> MemoryPlan:
-    """The plan from the files themselves: exact where the choice had to estimate. Look at `fits`."""
+    """The plan from the files themselves: exact where the choice had to estimate. Look at `fits`.
+
+    Raises BadInput for a drafter that cannot run beside this target.
+    """
     from dspark_cli.registry.choose import LOOKUP
     from dspark_cli.registry.plan import make_plan
     from dspark_cli.registry.sizes import drafter_size, target_size
 
     target = target_size(found.path)
     path = drafter_path or found.drafter_path
+    if path is not None and path.is_dir() and found.backend == "llamacpp":
+        raise BadInput(
+            f"{path.name} is a checkpoint folder: beside a GGUF target a drafter must be a GGUF file",
+            hint=f"dspark convert {path} {path.name}.gguf --target {found.path} --format Q8_0",
+        )
     drafter = drafter_size(path, target) if path is not None else LOOKUP
     usable = [d for d in (*machine.accelerators, machine.cpu) if found.backend in d.runs]
     wanted = found.resolution.plan.device.name if found.resolution else None
