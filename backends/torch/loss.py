@@ -17,14 +17,9 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Shares of the losses; the weight of position i in a block is exp(-i / decay), i from 0; None = flat.
-
-    ce: cross entropy against the token that came;  kl: against the target's whole distribution (ours, not the paper's: it
-    says more about each position, which counts where texts are few)
-    """
+    """Shares of the three losses; the weight of position i in a block is exp(-i / decay), i from 0; None = flat."""
 
     ce: float = 0.1
-    kl: float = 0.0
     l1: float = 0.9
     confidence: float = 1.0
     decay: float | None = 4.0
@@ -105,8 +100,6 @@ def drafter_losses(
     l1 = _term(distance, weights)
     accept_rate = (1 - 0.5 * distance).clamp(0, 1).detach() * valid
     total = settings.ce * ce.value + settings.l1 * l1.value
-    if settings.kl:
-        total = total + settings.kl * _term(-(target_probs * log_probs).sum(dim=-1), weights).value
     sure = None
     if confidence is not None:
         sure = _term(F.binary_cross_entropy_with_logits(confidence.float(), accept_rate, reduction="none"), weights)

@@ -180,14 +180,16 @@ class _Bars:
         self._stage, self._total, self._have, self._first = stage, total, have, have
         self._began = self._said = time.monotonic()
         if self._terminal:
-            self._task = self._progress.add_task(stage, total=total, completed=have, note=note)
+            self._task = self._progress.add_task(stage, total=total, completed=int(have), note=note)
         else:
             typer.echo(f"{stage}: {have / total:.0%} done; {note}", err=True)
 
     def advance(self, amount: float, note: str = "") -> None:
         self._have += amount
         if self._terminal:
-            self._progress.update(self._task, advance=amount, **({"note": note} if note else {}))
+            self._progress.advance(self._task, amount)
+            if note:
+                self._progress.update(self._task, note=note)
         elif time.monotonic() - self._said > LINE_EVERY_S:
             self._said = time.monotonic()
             left = (self._total - self._have) * (self._said - self._began) / max(1e-9, self._have - self._first)

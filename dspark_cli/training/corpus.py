@@ -29,22 +29,13 @@ class Example:
 
 @dataclass(frozen=True)
 class TargetHead:
-    """The target's output rows of the draft vocabulary: rows float [W, d], d2t int64 [W]."""
+    """The target's output rows of the draft vocabulary, float [W, d]."""
 
     rows: Tensor
-    d2t: Tensor
-    n_vocab: int
-
-    def __post_init__(self) -> None:
-        t2d = torch.full((self.n_vocab,), -1, dtype=torch.int64)
-        t2d[self.d2t] = torch.arange(len(self.d2t))
-        object.__setattr__(self, "t2d", t2d)
-
-    t2d: Tensor = None  # type: ignore[assignment]
 
     def probabilities(self, hidden: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
         """(probabilities [..., W] of the draft vocabulary, probability [...] of all other tokens)."""
-        logits = torch.nn.functional.linear(hidden, self.rows).float()
+        logits = torch.nn.functional.linear(hidden.to(self.rows.dtype), self.rows).float()
         probs = (logits - norms.unsqueeze(-1)).exp()
         inside = probs.sum(dim=-1)
         # float16 states and bfloat16 products: a sum a little over 1 is rounding

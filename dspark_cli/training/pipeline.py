@@ -107,6 +107,7 @@ class Pipeline:
         header = read_header(target)
         self.n_layer, self.width = int(header.of_model("block_count")), int(header.of_model("embedding_length"))
         self.layers = recipe.features or spread_layers(self.n_layer)
+        self.n_ctx = int(header.of_model("context_length", 4096))
 
     def _keep_recipe(self) -> None:
         path, mine = self.work / "recipe.json", json.loads(json.dumps(asdict(self.recipe)))
@@ -165,7 +166,7 @@ class Pipeline:
         options = WritingOptions(seed=seed)
         by_torch = self.recipe.through == "torch" or (self.recipe.through == "auto" and self._torch_is_quick())
         rows = 256 if by_torch else 32
-        context = ContextOptions(ctx=options.longest, n_seq=1 if by_torch else rows)
+        context = ContextOptions(ctx=min(options.longest, self.n_ctx), n_seq=1 if by_torch else rows)
         target = stack.enter_context(LlamaCppTarget(self.target, context))
         frame, first_words = Frame.of(target), self._first_words(target, seed)
         if not by_torch:
@@ -212,7 +213,9 @@ class Pipeline:
             dtype = torch.bfloat16 if quick_bfloat16(_device()) else torch.float32
             return TorchReader(load_gguf_model(self.target, dtype=dtype, device=_device()))
         longest = max(len(d.ids) for d in self._documents())
-        return LlamaCppReader(stack.enter_context(LlamaCppTarget(self.target, ContextOptions(ctx=max(512, longest)))))
+        return LlamaCppReader(
+            stack.enter_context(LlamaCppTarget(self.target, ContextOptions(ctx=min(max(512, longest), self.n_ctx))))
+        )
 
     # -- train -----------------------------------------------------------------------------------------------------
 
@@ -261,7 +264,7 @@ class Pipeline:
             _take_over(model, start, self.target)
         model.to(_device())
         options = TrainOptions(hours=self.recipe.hours, seed=self.recipe.seed)
-        trainer = Trainer(model, TargetHead(head.to(_device()), d2t, len(tables.embed_tokens)), options)
+        trainer = Trainer(model, TargetHead(head.to(_device())), options)
         if self.checkpoint.exists():
             trainer.resume(self.checkpoint)
         return trainer, coverage
@@ -354,7 +357,7 @@ class Pipeline:
         """Decode held-out prompts with the exported drafter and the very target; kept in WORK/evaluation.json."""
         model = _load(drafter, self.target)
         held_out = [d for d in self._documents() if d.held_out][:EVALUATED]
-        with LlamaCppTarget(self.target, ContextOptions(ctx=1024)) as target:
+        with LlamaCppTarget(self.target, ContextOptions(ctx=min(1024, self.n_ctx))) as target:
             groups = {"self-written": [d.ids[: d.answer_start] for d in held_out]} | _own_prompts(target)
             total = 2 * sum(map(len, groups.values()))
             self.report.begin("evaluate", total, 0, "held-out prompts, whole blocks verified")

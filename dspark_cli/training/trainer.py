@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dspark_cli.backends.errors import DsparkError
-from dspark_cli.backends.torch.anchors import TrainingOutput, gather_rows
+from dspark_cli.backends.torch.anchors import TrainingOutput
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
-from dspark_cli.backends.torch.loss import Losses, LossSettings, drafter_losses
+from dspark_cli.backends.torch.loss import position_weights
+from dspark_cli.kernels.distribution_loss import distribution_loss
 from dspark_cli.training.corpus import Corpus, Example, TargetHead
 
+DECAY = 4.0  # weight of position i of a block is exp(-i / 4) (paper)
 BORROWED = ("embed_tokens", "lm_head")  # the target's own: neither trained nor saved
 
 
@@ -39,7 +42,7 @@ class TrainOptions:
     """
 
     hours: float = 1.0
-    documents: int = 4
+    documents: int = 8
     anchors: int = 192
     short_share: float = 0.4
     short_rows: int = 2
@@ -63,29 +66,52 @@ class Progress:
     accept: float = 0.0
 
 
-def losses(output: TrainingOutput, example: Example, head: TargetHead, settings: LossSettings) -> Losses:
-    """Losses of A blocks of one document against the target's distributions."""
+@dataclass(frozen=True)
+class Judged:
+    """Blocks of one document against the target. total: the loss; accept_rate [A, B]: 1 - TV, 0 where nothing counts."""
+
+    total: Tensor
+    accept_rate: Tensor
+    valid: Tensor
+
+
+def judge(output: TrainingOutput, example: Example, head: TargetHead, tv_share: float) -> Judged:
+    """Loss of A blocks of one document: (1 - tv_share) of cross entropy against the target's whole distribution (it
+    says more about a position than the one token that came, which counts where texts are few), tv_share of sum|q - p|,
+    and the confidence's BCE against 1 - TV; weighted by position as in the paper.
+    """
     block, length = output.logits.shape[2], example.ids.shape[1]
-    wanted = example.anchors.unsqueeze(-1) + 1 + torch.arange(block, device=example.anchors.device)  # [1, A, B]
+    wanted = example.anchors[0].unsqueeze(-1) + 1 + torch.arange(block, device=example.anchors.device)  # [A, B]
     valid = wanted < length
-    labels = head.t2d.to(example.ids.device)[gather_rows(example.ids, wanted.clamp(max=length - 1))]
-    judges = (wanted - 1).clamp(max=length - 1)  # row j-1 judges the token at j
+    judges = (wanted - 1).clamp(max=length - 1)  # the row of the token before judges a token
     with torch.no_grad():
         probs, outside = head.probabilities(example.hidden, example.norms)
-    return drafter_losses(
-        output.logits, output.confidence, probs[judges], labels, valid, settings, outside=outside[judges]
+    weights = position_weights(valid, DECAY)
+    weights = weights / weights.sum()
+    shares = torch.stack([weights * (1 - tv_share), weights * tv_share], dim=-1)
+    total, l1 = distribution_loss(
+        output.logits[0].flatten(0, 1), probs, judges.flatten(), outside, shares.flatten(0, 1)
     )
+    accept = ((1 - 0.5 * l1).clamp(0, 1)).view_as(valid) * valid
+    if output.confidence is not None:
+        bce = F.binary_cross_entropy_with_logits(output.confidence[0].float(), accept, reduction="none")
+        total = total + (bce * weights).sum()
+    return Judged(total, accept, valid)
 
 
 class Trainer:
     """A model, its optimisers and its place in the schedule; saves and resumes all of it."""
 
     def __init__(self, model: DSpark | Eagle3, head: TargetHead, options: TrainOptions) -> None:
-        self.model, self.head, self.options = model, head, options
+        self.model, self.options = model, options
         self.progress = Progress()
         self.device = model.fc.weight.device
         for frozen in (model.embed_tokens, model.lm_head):
             frozen.requires_grad_(False)
+        if quick_bfloat16(self.device):  # autocast would cast the frozen head anew for every document
+            model.lm_head.bfloat16()
+            head = replace(head, rows=head.rows.bfloat16())
+        self.head = head
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         matrices = [p for n, p in trained if p.ndim == 2 and ("layers." in n or n == "fc.weight")]
         chosen = {id(p) for p in matrices}
@@ -97,7 +123,7 @@ class Trainer:
             )
         self.optimisers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(matrices, lr=options.muon_lr, weight_decay=0.0),
-            torch.optim.AdamW(others, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.AdamW(others, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         ]
         self._trained = [*matrices, *others]
         self._base_lr = [group["lr"] for o in self.optimisers for group in o.param_groups]
@@ -113,10 +139,9 @@ class Trainer:
         return min(self.options.short_rows, whole) if self.done < self.options.short_share else whole
 
     @property
-    def settings(self) -> LossSettings:
+    def tv_share(self) -> float:
         """The whole distribution teaches quickly, TV is what acceptance is: the run moves over in its second half."""
-        tv = 0.1 + 0.8 * min(1.0, max(0.0, (self.done - 0.5) / 0.3))
-        return LossSettings(ce=0.0, kl=1 - tv, l1=tv)
+        return 0.1 + 0.8 * min(1.0, max(0.0, (self.done - 0.5) / 0.3))
 
     def step(self, examples: list[Example]) -> None:
         began = _clock(self.device)
@@ -125,14 +150,14 @@ class Trainer:
         with self._fast():
             for example in examples:
                 output = self.model.training_forward(example.features, example.ids, example.anchors, rows=self.rows)
-                results.append(losses(output, example, self.head, self.settings))
+                results.append(judge(output, example, self.head, self.tv_share))
         loss = sum((r.total for r in results), torch.zeros((), device=self.device)) / len(results)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        accept = float(torch.cat([r.accept_rate[0, :, 0] for r in results]).mean())
+        accept = float(torch.cat([r.accept_rate[:, 0] for r in results]).mean())
         positions = sum(e.anchors.shape[1] for e in examples)
         self._count(_clock(self.device) - began, float(loss.detach()), accept, positions)
 
@@ -233,7 +258,7 @@ def acceptance(trainer: Trainer, corpus: Corpus, *, documents: int = 64, seed: i
         example = corpus.example(stretch, 64, generator)
         with trainer._fast():
             output = trainer.model.training_forward(example.features, example.ids, example.anchors)
-            result = losses(output, example, trainer.head, LossSettings())
-        total = total + result.accept_rate[0].sum(0)
-        count = count + (result.weights[0] > 0).sum(0)
+            result = judge(output, example, trainer.head, 0.9)
+        total = total + result.accept_rate.sum(0)
+        count = count + result.valid.sum(0)
     return [float(x) for x in total / count]  # type: ignore[attr-defined]
