@@ -42,7 +42,9 @@ WITH_TORCH = replace(MACHINE, torch=True)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Files of a DeepSpec checkpoint that fits the embedded target."""
+    """Files of a DeepSpec checkpoint that fits the embedded target and leaves the embedding to it."""
+    from safetensors.numpy import load_file, save_file
+
     from dspark_cli.backends.torch.export import save_drafter
     from dspark_cli.backends.torch.gguf_drafter import load_gguf_drafter
 
@@ -50,6 +52,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     spec = replace(synthetic.SPEC, draft_vocab=256, n_layer=1)
     path = synthetic.write(folder, synthetic.random_tensors(spec), spec, quant="F16")
     save_drafter(load_gguf_drafter(path, synthetic.target_path()), folder / "out")
+    weights = load_file(folder / "out" / "model.safetensors")
+    del weights["embed_tokens.weight"]
+    save_file(weights, folder / "out" / "model.safetensors", metadata={"format": "pt"})
     return {file.name: file.read_bytes() for file in (folder / "out").iterdir()}
 
 
