@@ -143,13 +143,6 @@ def test_a_small_model_is_checked_by_its_tokens(embedded_gguf: Path) -> None:
     assert found == {"token texts": {"name": "token texts", "found": "49152 (target 49152)", "problem": None}}
 
 
-def test_a_checkpoint_folder_beside_a_gguf_says_how_to_convert_it(tmp_path: Path) -> None:
-    done = here("doctor", "smollm2-135m", "--drafter", str(tmp_path))
-    assert done.exit_code == 2
-    assert "beside a GGUF target a drafter must be a GGUF file" in done.stderr
-    assert f"try: dspark convert {tmp_path} " in done.stderr
-
-
 def test_coarse_quants_are_pointed_out() -> None:
     drafter = DrafterFacts("d", "dspark", 10, 8, (0,), 4, 4, mask=1, quant="Q2_K")
     [quant] = [f for f in findings(drafter, TargetFacts("t", 10, 8, 4, 2)) if f.name == "quant"]

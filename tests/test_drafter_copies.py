@@ -17,10 +17,10 @@ from dspark_cli.registry.choose import Wish
 from dspark_cli.registry.disk import snapshot
 from dspark_cli.registry.obtain import obtain, pull
 from dspark_cli.registry.remove import carry_out, removal
-from dspark_cli.registry.resolve import resolve
+from dspark_cli.registry.resolve import plan_for, resolve
 from hub_server import HubServer, Repository
 from tests_support import own_registry
-from tiny_hub import MACHINE, contents
+from tiny_hub import MACHINE
 
 pytest.importorskip("torch", reason="torch is not installed")
 DRAFT = "tester/embedded-dspark"
@@ -85,14 +85,18 @@ def test_pulled_converted_found_and_removed(hub_with_pair: HubServer) -> None:
     assert not copy.exists()
 
 
-def test_what_cannot_become_a_gguf_is_refused_before_its_weights_are_fetched(hub_with_pair: HubServer) -> None:
+def test_what_cannot_become_a_gguf_runs_through_torch(hub_with_pair: HubServer) -> None:
     files = hub_with_pair.repositories[DRAFT].files
     config = {**json.loads(files["config.json"]), "markov_head_type": "gated"}
     hub_with_pair.repositories[DRAFT] = Repository({**files, "config.json": json.dumps(config).encode()})
     done = pull("pair", machine=WITH_TORCH)
     assert any("a gated head has no form as a GGUF drafter" in note for note in done.happened)
-    assert {name for name, _ in contents(hub_with_pair)} == {"config.json"}
-    assert resolve("pair", machine=WITH_TORCH).drafter_path is None
+    found = resolve("pair", machine=WITH_TORCH)
+    assert found.drafter_path == snapshot(DRAFT)
+    assert copies_of(DRAFT) == []
+    plan = plan_for(found, WITH_TORCH)
+    assert plan.drafter is not None
+    assert plan.drafter.weights > len(files["model.safetensors"]) + 8 * 49152 * 576 - 1, "with the target's tables"
 
 
 def test_a_conversion_that_fails_or_does_not_fit_in_memory(

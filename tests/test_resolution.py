@@ -206,9 +206,13 @@ class TestWishes:
 
     def test_drafters_that_run_through_torch_only(self) -> None:
         found = choose(find("gemma-4-12b"), MACHINES["24 GB GPU"])
-        assert any("runs beside a full-precision target only" in note for note in found.notes)
-        with pytest.raises(BadInput, match=r"the eagle3 drafter of qwen3-8b cannot run here \(.*full-precision target"):
-            choose(find("qwen3-8b"), MACHINES["24 GB GPU"], Wish(drafter="eagle3"))
+        assert found.drafter is None
+        assert any("through torch beside a GGUF target: --drafter dspark asks for it" in note for note in found.notes)
+        asked = choose(find("qwen3-8b"), MACHINES["24 GB GPU"], Wish(drafter="eagle3"))
+        assert asked.drafter is not None
+        assert asked.drafter.kind == "eagle3"
+        with pytest.raises(BadInput, match=r"the eagle3 drafter of qwen3-8b cannot run here \(.*needs torch"):
+            choose(find("qwen3-8b"), cpu(64, torch=False), Wish(drafter="eagle3"))
         torch = choose(find("gemma-4-12b"), gpu(48, runs=("torch",)))
         assert torch.drafter is not None
         assert torch.drafter.kind == "dspark"

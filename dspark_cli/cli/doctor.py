@@ -199,8 +199,14 @@ def check_pair(found: Resolved, drafter: str) -> list[dict[str, Any]]:
 def _findings(path: Path, target: TargetFacts, found: Resolved) -> Iterator[Finding]:
     from dspark_cli.backends.llamacpp.header import read_header
     from dspark_cli.backends.llamacpp.model import Model, tokens_agree
-    from dspark_cli.backends.pairing import Finding, gguf_findings
+    from dspark_cli.backends.pairing import Finding, findings, gguf_findings
 
+    if path.is_dir():
+        from dspark_cli.backends.torch.checkpoint import facts_of
+        from dspark_cli.backends.torch.dialects import read_config
+
+        yield from findings(facts_of(read_config(path), path.name), target)
+        return
     if read_header(path).architecture == "dflash":
         yield from gguf_findings(path, target)
     ours, theirs = Model(found.path, vocab_only=True), Model(path, vocab_only=True)

@@ -191,25 +191,30 @@ def _drafter(entry: Entry, machine: Machine, wish: Wish, backend: str) -> _Draft
     for drafter in entry.drafter:
         if not drafter.usable or wish.drafter not in ("auto", drafter.kind) or (drafter.builtin and not drafter.path):
             continue
-        problem = _cannot_run(entry, drafter, backend, machine)
+        problem = _cannot_run(entry, drafter, backend, machine, asked=wish.drafter == drafter.kind)
         if problem is None:
             return _Drafting(drafter, tuple(notes))
-        if problem and not any(problem.partition(" ")[2] in note for note in notes):
+        if problem and not any(problem.partition(":")[0].partition(" ")[2] in note for note in notes):
             notes.append(problem)
     return _Drafting(None, tuple(notes))
 
 
-def _cannot_run(entry: Entry, drafter: KnownDrafter, backend: str, machine: Machine) -> str | None:
-    """Why a drafter cannot run beside a target on `backend`, "" where that is nothing to tell; None if it can."""
+def _cannot_run(entry: Entry, drafter: KnownDrafter, backend: str, machine: Machine, *, asked: bool) -> str | None:
+    """Why a drafter is not taken beside a target on `backend`, "" where that is nothing to tell; None if it is.
+
+    Beside GGUF a checkpoint runs as its copy; one without a form as GGUF runs through torch on the CPU: only if `asked` for.
+    """
     if backend == "torch":
         return None if drafter.format == "safetensors" else ""
     if drafter.format == "gguf":
         return None
     if drafter.kind == "small":
         return ""
-    if drafter.kind == "eagle3" or entry.family.startswith("gemma"):
-        return f"{drafter.repository} runs beside a full-precision target only"
-    return None if machine.torch else f"{drafter.repository} needs torch: pip install 'dspark[torch]'"
+    if not machine.torch:
+        return f"{drafter.repository} needs torch: pip install 'dspark[torch]'"
+    if not asked and not entry.has_gguf_form(drafter):
+        return f"{drafter.repository} runs through torch beside a GGUF target: --drafter {drafter.kind} asks for it"
+    return None
 
 
 def _has_block_drafter(entry: Entry) -> bool:

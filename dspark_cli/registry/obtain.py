@@ -89,14 +89,15 @@ def pull(
         with _may_fail(wish, done):
             job = _drafter_files(choice.drafter, update)
             check_space([*jobs, job])
-            _refuse_before_its_weights(choice, job)
             jobs.append(job)
     check_space(jobs, report)
     for job in jobs:
         with nullcontext() if job in target_only else _may_fail(wish, done):
             done.pulled.append(pull_files(*job, report, verify=verify))
-    with _may_fail(wish, done):
+    try:
         _convert(choice, report)
+    except DsparkError as error:
+        done.happened.append(f"its drafter runs through torch: {error}")
     return done
 
 
@@ -104,18 +105,11 @@ def _needs_a_copy(choice: Resolution) -> bool:
     return choice.drafter is not None and choice.backend == "llamacpp" and choice.drafter.format == "safetensors"
 
 
-def _refuse_before_its_weights(choice: Resolution, job: Job) -> None:
-    """Look at the small config.json of a drafter that must become a GGUF before its gigabytes are fetched."""
-    if _needs_a_copy(choice):
-        listing, files = job
-        config = next(file for file in files if file.name == "config.json")
-        check_convertible(pull_files(listing, [config]).paths[0].parent)
-
-
 def _convert(choice: Resolution, report: Report) -> None:
     folder = choice.drafter.path if choice.drafter is not None and _needs_a_copy(choice) else None
     target = choice.entry.on_disk().get(choice.quant)
     if folder is not None and target is not None and not gguf_copy(folder).exists():
+        check_convertible(folder)
         report.say(f"converting {repository_of(folder)} to GGUF, which libllama runs beside the target (once)")
         write_copy(folder, target)
 

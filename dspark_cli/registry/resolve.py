@@ -123,22 +123,16 @@ def check_path(path: Path) -> Path:
 def plan_for(
     found: Resolved, machine: Machine, options: PlanOptions | None = None, drafter_path: Path | None = None
 ) -> MemoryPlan:
-    """The plan from the files themselves: exact where the choice had to estimate. Look at `fits`.
-
-    Raises BadInput for a drafter that cannot run beside this target.
-    """
+    """The plan from the files themselves: exact where the choice had to estimate. Look at `fits`."""
     from dspark_cli.registry.choose import LOOKUP
     from dspark_cli.registry.plan import make_plan
-    from dspark_cli.registry.sizes import drafter_size, target_size
+    from dspark_cli.registry.sizes import drafter_size, target_size, through_torch
 
     target = target_size(found.path)
     path = drafter_path or found.drafter_path
-    if path is not None and path.is_dir() and found.backend == "llamacpp":
-        raise BadInput(
-            f"{path.name} is a checkpoint folder: beside a GGUF target a drafter must be a GGUF file",
-            hint=f"dspark convert {path} {path.name}.gguf --target {found.path} --format Q8_0",
-        )
     drafter = drafter_size(path, target) if path is not None else LOOKUP
+    if path is not None and path.is_dir() and found.backend == "llamacpp":
+        drafter = through_torch(drafter, path, target)
     usable = [d for d in (*machine.accelerators, machine.cpu) if found.backend in d.runs]
     wanted = found.resolution.plan.device.name if found.resolution else None
     usable.sort(key=lambda device: device.name != wanted)
@@ -214,13 +208,13 @@ def _choose(entry: Entry, wish: Wish, machine: Machine | None) -> Resolution:
 
 
 def _local_drafter(choice: Resolution) -> Path | None:
-    """Its file; beside a GGUF target that of its copy, as libllama runs no checkpoint."""
+    """Its file; beside a GGUF target its copy, which libllama runs, else the checkpoint, which torch runs."""
     from dspark_cli.registry.as_gguf import gguf_copy
 
     path = choice.drafter.path if choice.drafter is not None else None
     if path is None or not path.is_dir() or choice.backend == "torch":
         return path
-    return copy if (copy := gguf_copy(path)).exists() else None
+    return copy if (copy := gguf_copy(path)).exists() else path
 
 
 def _missing(entry: Entry) -> DsparkError:

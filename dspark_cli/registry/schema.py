@@ -201,6 +201,10 @@ class Entry(_Table):
     def shape_known(self) -> bool:
         return None not in (self.n_layer, self.n_embd, self.n_head_kv, self.head_dim, self.n_vocab)
 
+    def has_gguf_form(self, drafter: KnownDrafter) -> bool:
+        """Whether libllama has a graph for what `drafter` is, as far as its table says (heads are seen in its config.json)."""
+        return drafter.kind != "eagle3" and not self.family.startswith("gemma")
+
     def drafter_size(self, drafter: KnownDrafter, backend: str = "torch") -> DrafterSize:
         """What the memory plan needs of `drafter`. Published cards give little: the rest is the target's own shape.
 
@@ -208,7 +212,7 @@ class Entry(_Table):
         """
         target = self.size_at()
         n_params = drafter.n_params or max(self.count // 8, 1)
-        copied = backend == "llamacpp" and drafter.format == "safetensors"
+        copied = backend == "llamacpp" and drafter.format == "safetensors" and self.has_gguf_form(drafter)
         form = "Q8_0" if drafter.format == "gguf" or copied else FULL_PRECISION
         listed = drafter.bytes and int(drafter.bytes * (BITS[form] / BITS[FULL_PRECISION] if copied else 1))
         small = drafter.kind == "small"
