@@ -125,10 +125,6 @@ class CostModel:
         """ms of a round of plain decoding."""
         return float(self.verify_ms(shared, depth, shared)[shared]) + self.own_ms
 
-    def plain_tok_s(self, depth: float) -> float:
-        """Tokens per second of plain decoding with `depth` tokens cached, one sequence, as of now."""
-        return 1e3 / self.plain_ms(1, depth)
-
     def pass_ms(self, shared: int, block: int) -> float:
         """ms that drafting `block` tokens each for `shared` sequences adds to a round, injection included."""
         if self.draft is None:

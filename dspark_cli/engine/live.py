@@ -36,6 +36,7 @@ class Block:
 class Live:
     """A reader of the rounds of one answer, one request.
 
+    plain_ms: what plain decoding would have taken for the same tokens, by the costs of the moment; None if unknown
     points: acceptance rate per BUCKET_MS of decoding, oldest first; None where nothing was verified
     blocks: the last rounds that drafted something, oldest first
     """
@@ -44,6 +45,7 @@ class Live:
     points: deque[float | None] = field(default_factory=lambda: deque(maxlen=KEPT_POINTS))
     blocks: deque[Block] = field(default_factory=lambda: deque(maxlen=KEPT_BLOCKS))
     last: Round | None = None
+    plain_ms: float | None = None
     _window: deque[Round] = field(default_factory=deque)
     _window_ms: float = 0.0
     _bucket: Stats = field(default_factory=Stats)
@@ -55,12 +57,14 @@ class Live:
             live.add(item)
         return live
 
-    def add(self, item: Round) -> None:
-        """Take in a round."""
+    def add(self, item: Round, plain_round_ms: float | None = None) -> None:
+        """Take in a round. plain_round_ms: what a round of plain decoding costs at this moment."""
         self.stats.add(item)
         self.last = item
         if item.is_prefill:
             return
+        if plain_round_ms is not None:
+            self.plain_ms = (self.plain_ms or 0.0) + plain_round_ms * len(item.tokens)
         self._window.append(item)
         self._window_ms += item.times.total
         while len(self._window) > 1 and self._window_ms - self._window[0].times.total >= WINDOW_MS:
@@ -76,6 +80,11 @@ class Live:
     def now(self) -> Stats:
         """Figures of the last second of decoding."""
         return Stats.of(self._window)
+
+    @property
+    def plain_tok_s(self) -> float | None:
+        """Plain decoding over the same time, so that a machine that slows down meanwhile does not count for or against."""
+        return self.stats.committed / self.plain_ms * 1e3 if self.plain_ms else None
 
     @property
     def context_used(self) -> int:

@@ -24,15 +24,15 @@ class Command:
 
 
 COMMANDS = (
-    Command("help", "keys and commands", ("f1",), footer="Help"),
-    Command("panel", "show or hide the panel", ("f2",), footer="Panel"),
-    Command("colours", "colour tokens by where they came from", ("f3",), footer="Colours"),
-    Command("race", "decode the last answer again without drafting, and compare", ("f4",), footer="Race"),
-    Command("retry", "answer the last question again", ("f5",), footer="Retry"),
-    Command("edit", "take the last question back to edit it", ("f6",), footer="Edit"),
+    Command("help", "keys and commands", ("f1",), footer="help"),
+    Command("panel", "show or hide the panel", ("f2",), footer="panel"),
+    Command("colours", "colour tokens by where they came from", ("f3",), footer="colours"),
+    Command("race", "decode the last answer again without drafting, and compare", ("f4",), footer="race"),
+    Command("retry", "answer the last question again", ("f5",), footer="retry"),
+    Command("edit", "take the last question back to edit it", ("f6",), footer="edit"),
     Command("copy", "copy the last answer to the clipboard", ("f7",)),
     Command("theme", "another theme: the next one, or NAME", ("f8",), takes="NAME"),
-    Command("stop", "stop the answer, the race or the loading", ("escape",), footer="Stop"),
+    Command("stop", "stop the answer, the race or the loading", ("escape",), footer="stop"),
     Command("new", "forget the conversation; the system prompt stays", ("ctrl+n",)),
     Command("save", "save the conversation: FILE.json, or FILE.md as Markdown", ("ctrl+s",), "FILE", asks=True),
     Command("load", "go on with a saved conversation", ("ctrl+o",), "FILE", asks=True),
@@ -40,7 +40,7 @@ COMMANDS = (
     Command("temperature", "0 is greedy, higher is more varied", (), "NUMBER", asks=True),
     Command("policy", "auto, off, fixed:N or threshold:P", (), "POLICY", asks=True),
     Command("drafter", "auto, lookup, none, or the path of a drafter GGUF", (), "NAME|PATH", asks=True),
-    Command("quit", "leave; the conversation is kept", ("ctrl+q",), footer="Quit"),
+    Command("quit", "leave; the conversation is kept", ("ctrl+q",), footer="quit"),
 )
 BY_NAME = {command.name: command for command in COMMANDS}
 #: other words people type for the same

@@ -9,7 +9,7 @@ import io
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 from markdown_it import MarkdownIt
@@ -159,7 +159,7 @@ class Growing:
         """The text is now `text`, which begins with what it was."""
         tail = text[self._frozen :]
         starts = _block_starts(tail)
-        for begin, end in zip(starts, starts[1:], strict=False):
+        for begin, end in pairwise(starts):
             self._done += [*self._render.markdown(tail[begin:end]), []]
         if len(starts) > 1:
             self._frozen += starts[-1]

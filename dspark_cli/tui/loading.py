@@ -21,7 +21,8 @@ class LoadingScreen(ModalScreen[None]):
     BINDINGS = [("escape", "app.stop", "Cancel")]  # noqa: RUF012
     DEFAULT_CSS = """
     LoadingScreen { align: center middle; }
-    LoadingScreen Vertical { width: 90%; max-width: 76; height: auto; border: round $accent; padding: 0 1; background: $surface; }
+    LoadingScreen Vertical { width: 90%; max-width: 76; height: auto; border: round $accent; padding: 0 1; }
+    LoadingScreen Vertical { background: $surface; }
     LoadingScreen Static { height: auto; }
     """
 

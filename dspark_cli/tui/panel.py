@@ -38,7 +38,7 @@ class Panel(VerticalScroll):
     def update_from(self, w: Watching) -> None:
         if not self.display:
             return
-        self.query_one(Speed).update_from(w.live, w.plain_tok_s, race=w.race, runner=w.runner)
+        self.query_one(Speed).update_from(w)
         self.query_one(State).update_from(w.live, w.drafter, w.policy)
         self.query_one(Acceptance).update_from(w.live)
         self.query_one(Positions).update_from(w.live)

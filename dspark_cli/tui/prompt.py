@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 
 from textual import events
-from textual.binding import Binding
 from textual.widgets import TextArea
 
 from dspark_cli.tui.display import clean
@@ -22,12 +21,6 @@ _MARK = re.compile(r"\[pasted #(\d+): [^\]]*\]")
 class Prompt(TextArea):
     """Posts Sent. `text` has marks where long pastes stand; `full_text` has the pastes themselves."""
 
-    BINDINGS = [  # noqa: RUF012
-        Binding("enter", "send", show=False, priority=True),
-        Binding("ctrl+j,alt+enter,shift+enter", "newline", show=False, priority=True),
-        Binding("pageup", "scroll(-1)", show=False, priority=True),
-        Binding("pagedown", "scroll(1)", show=False, priority=True),
-    ]
     DEFAULT_CSS = """
     Prompt { height: auto; max-height: 10; min-height: 3; }
     """
@@ -54,7 +47,22 @@ class Prompt(TextArea):
         self.load_text(self._short(text))
         self.move_cursor(self.document.end)
 
-    def action_send(self) -> None:
+    async def _on_key(self, event: events.Key) -> None:
+        """Keys in the order they were typed: a binding of the app would overtake letters that still wait here."""
+        own: dict[str, Callable[[], object]] = {
+            "enter": self.send,
+            **dict.fromkeys(("ctrl+j", "alt+enter", "shift+enter"), lambda: self.insert("\n")),
+            "pageup": lambda: self.post_message(Scrolled(-1)),
+            "pagedown": lambda: self.post_message(Scrolled(1)),
+        }
+        if event.key in own:
+            event.stop()
+            event.prevent_default()
+            own[event.key]()
+        else:
+            await super()._on_key(event)
+
+    def send(self) -> None:
         """Enter: send; after a backslash at the end of a line: a new line."""
         row, column = self.cursor_location
         if column and self.document[row][:column].endswith("\\"):
@@ -70,12 +78,6 @@ class Prompt(TextArea):
         self._past.add(self.full_text)
         self._pastes.clear()
         self.load_text("")
-
-    def action_newline(self) -> None:
-        self.insert("\n")
-
-    def action_scroll(self, pages: int) -> None:
-        self.post_message(Scrolled(float(pages)))
 
     def action_cursor_up(self, select: bool = False) -> None:
         """Within the text; from its first line into the history."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 WIDE, SHORT, TINY = 110, 16, 9
 
 CSS = """
+#keys { height: 1; padding: 0 1; background: $panel; }
 #head { height: 1; background: $panel; color: $foreground; padding: 0 1; }
 #talk { height: 1fr; width: 1fr; padding: 0 0 0 1; }
 #body { height: 1fr; }
@@ -20,7 +21,7 @@ Prompt:focus { border: round $accent; }
 .-show-panel.-narrow #summary { display: none; }
 .-hide-panel Panel { display: none; }
 .-hide-panel #summary { display: block; }
-.-short #head, .-short Footer { display: none; }
+.-short #head, .-short #keys, .-tiny #head, .-tiny #keys { display: none; }
 .-tiny #summary, .-tiny Panel { display: none; }
 .-tiny Prompt { border: none; min-height: 1; max-height: 2; }
 Toast { max-width: 70%; }

@@ -30,10 +30,9 @@ def _speed(w: Watching) -> Text:
         )
     else:
         text.append("- tok/s", draw.DIM)
-    plain = w.race.plain.decode_tok_s if w.race else w.plain_tok_s
-    if plain:
-        text.append(f", plain {plain:.0f}")
-    ratio = times_plain(live.stats.decode_tok_s if live else 0.0, plain)
+    if w.plain_tok_s:
+        text.append(f", plain {w.plain_tok_s:.0f}")
+    ratio = times_plain(w.tok_s, w.plain_tok_s)
     if ratio:
         text.append(f" = {ratio:.2f}x", draw.GOOD if ratio >= 1 else "yellow")
     if w.race:

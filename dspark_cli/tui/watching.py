@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 class Watching:
     """One answer, its race, and the pair that makes it.
 
-    plain_tok_s: plain decoding by the cost model at this depth; None without a measured profile
     runner:      figures of plain decoding in a race that goes on
     """
 
@@ -26,26 +25,31 @@ class Watching:
     live: Live | None = None
     race: Race | None = None
     runner: Stats | None = None
-    plain_tok_s: float | None = None
 
     def answer_begins(self) -> None:
         self.live, self.race, self.runner = Live(), None, None
 
     def add(self, rounds: list[Round]) -> None:
-        """Rounds of the current answer; also reads what the cost model says of plain decoding now."""
+        """Rounds of the current answer; plain decoding is taken to cost what the cost model says now."""
         if self.live is None:
             self.live = Live()
-        for item in rounds:
-            self.live.add(item)
-        self.read_costs()
-
-    def read_costs(self) -> None:
-        """The rate of plain decoding, where a profile of this machine stands behind it."""
         session = self.opened.session if self.opened else None
-        if session is None or session.profile is None:
-            self.plain_tok_s = None
-            return
-        self.plain_tok_s = session.costs.plain_tok_s(self.live.context_used if self.live else session.costs.depth)
+        known = session is not None and session.profile is not None
+        plain = session.costs.plain_ms(1, self.live.context_used) if session and known else None
+        for item in rounds:
+            self.live.add(item, plain)
+
+    @property
+    def plain_tok_s(self) -> float | None:
+        """Plain decoding of this answer: raced, else by the costs measured on this machine; None where neither was done."""
+        raced = self.race.plain if self.race else self.runner
+        if raced is not None and raced.decode_tok_s:
+            return raced.decode_tok_s
+        return self.live.plain_tok_s if self.live else None
+
+    @property
+    def tok_s(self) -> float:
+        return self.live.stats.decode_tok_s if self.live else 0.0
 
     @property
     def drafter(self) -> str | None:

@@ -13,7 +13,6 @@ from textual import work
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.widgets import Footer
 from textual.worker import Worker, get_current_worker
 
 from dspark_cli.backends.errors import ContextFull, DsparkError
@@ -32,6 +31,7 @@ from dspark_cli.tui.closing import on_signals, record, surely_end
 from dspark_cli.tui.commands import COMMANDS
 from dspark_cli.tui.decoder import Decoder
 from dspark_cli.tui.display import Look, Turn
+from dspark_cli.tui.help import key_words
 from dspark_cli.tui.history import History
 from dspark_cli.tui.loading import LoadingScreen
 from dspark_cli.tui.opening import Cancelled, Opened, Opener, Progress, Stage
@@ -56,15 +56,11 @@ class Window(App[None]):
     CSS = CSS
     TITLE = "dspark"
     ENABLE_COMMAND_PALETTE = True
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (WIDE, "-wide")]
-    VERTICAL_BREAKPOINTS = [(0, "-tiny"), (TINY, "-short"), (SHORT, "-tall")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (WIDE, "-wide")]  # noqa: RUF012  (the base declares them so)
+    VERTICAL_BREAKPOINTS = [(0, "-tiny"), (TINY, "-short"), (SHORT, "-tall")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+c", "interrupt", "Stop", show=False, priority=True),
-        *(
-            Binding(key, f"command('{c.name}')", c.footer or c.help, show=bool(c.footer), priority=True)
-            for c in COMMANDS
-            for key in c.keys
-        ),
+        *(Binding(key, f"command('{c.name}')", c.help, show=False, priority=True) for c in COMMANDS for key in c.keys),
     ]
 
     def __init__(self, opener: Opener, talk: Conversation, settings: Settings, history: History) -> None:
@@ -88,6 +84,7 @@ class Window(App[None]):
         self._prompt = Prompt(history, id="prompt")
         self._transcript = Transcript(self._look, id="talk")
         self._head = Section(1, id="head")
+        self._keys = Section(1, id="keys")
         self._summary, self._panel = Summary(), Panel()
 
     def compose(self) -> ComposeResult:
@@ -98,10 +95,11 @@ class Window(App[None]):
                 yield self._summary
                 yield self._prompt
             yield self._panel
-        yield Footer(compact=True, show_command_palette=False)
+        yield self._keys
 
     def on_mount(self) -> None:
         on_signals(self.leave, self.action_interrupt)
+        self._keys.show([keys_line()])
         self.rebuild()
         self._prompt.focus()
         self.push_screen(LoadingScreen(f"dspark chat {self.opener.model}"))
@@ -155,7 +153,6 @@ class Window(App[None]):
     def on_model_loaded(self, message: m.ModelLoaded) -> None:
         self._loading_ended()
         self.watching.opened = message.opened
-        self.watching.read_costs()
         drafter = message.opened.session.drafter
         self._watch = Watch(drafter.kind if drafter else None)
         self.show_figures()
@@ -329,7 +326,9 @@ class Window(App[None]):
 
     def say(self, text: str) -> None:
         """A line of the program in the conversation's window."""
-        self._transcript.content.turns.insert(0, Turn("note", text))
+        turns = self._transcript.content.turns
+        notes = next((i for i, turn in enumerate(turns) if turn.role != "note"), len(turns))
+        turns.insert(notes, Turn("note", text))
         self._transcript.changed()
 
     # -- to the user ---------------------------------------------------------------------------------------------------
@@ -396,6 +395,15 @@ class Window(App[None]):
     def stop(self) -> None:
         """Ask the worker to end; it answers with AnswerDone, RaceDone or LoadFailed."""
         self.workers.cancel_group(self, "engine")
+
+
+def keys_line() -> Text:
+    """The last line: keys worth knowing."""
+    text = Text()
+    for command in COMMANDS:
+        if command.footer:
+            text.append(f"{key_words(command)} ", "bold").append(f"{command.footer}  ", "dim")
+    return text.append("Ctrl-P ", "bold").append("all", "dim")
 
 
 def _why_ended(answer: Answer, message: m.AnswerDone) -> str:
