@@ -79,9 +79,8 @@ def chat(
 
 def full_screen() -> bool:
     """Whether there is a terminal that can be drawn on (Textual draws on stderr; stdout is where answers would go)."""
-    return all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)) and os.environ.get(
-        "TERM", ""
-    ) not in ("", "dumb")
+    terminals = all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
+    return terminals and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def run_full_screen(pair: o.PairOptions, talk: object, settings: object) -> None:

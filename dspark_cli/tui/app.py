@@ -113,10 +113,9 @@ class ChatApp(Window):
         self.push_screen(Help())
 
     def do_panel(self, _: str) -> None:
-        shown = self._panel.display
-        self.screen.set_class(not shown, "-show-panel")
-        self.screen.set_class(shown, "-hide-panel")
-        self.call_after_refresh(self.show_figures)
+        wanted, usual = not self._panel.display, self.screen.has_class("-wide")
+        self.screen.set_class(wanted and not usual, "-show-panel")
+        self.screen.set_class(usual and not wanted, "-hide-panel")
 
     def do_colours(self, _: str) -> None:
         self.coloured = not self.coloured

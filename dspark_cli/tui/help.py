@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rich.console import Group
+from rich.table import Table
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
@@ -31,22 +33,25 @@ class Help(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         with VerticalScroll():
-            yield Static(_text())
+            yield Static(_contents())
 
     def on_mount(self) -> None:
         self.query_one(VerticalScroll).focus()
 
 
-def _text() -> Text:
-    text = Text("Keys and commands (Esc closes this)\n\n", "bold")
+def _contents() -> Group:
+    table = Table.grid(padding=(0, 2))
     for command in COMMANDS:
-        text.append(f"{key_words(command):8}", "bold").append(f"{_typed(command):24}").append(
-            f"{command.help}\n", "dim"
-        )
-    text.append("\nTyping\n\n", "bold")
+        table.add_row(Text(key_words(command), "bold"), _typed(command), Text(command.help, "dim"))
+    typing = Table.grid(padding=(0, 2))
     for keys, what in TYPING:
-        text.append(f"{keys}", "bold").append(f"  {what}\n", "dim")
-    return text.append("\nWhat the panel shows\n\n", "bold").append(ABOUT)
+        typing.add_row(Text(keys, "bold"), Text(what, "dim"))
+    keys_title, about_title = _title("Keys and commands (Esc closes this)"), _title("What the panel shows")
+    return Group(keys_title, table, _title("Typing"), typing, about_title, Text(ABOUT))
+
+
+def _title(text: str) -> Text:
+    return Text(f"\n{text}\n", "bold")
 
 
 def key_words(command: Command) -> str:
@@ -56,7 +61,7 @@ def key_words(command: Command) -> str:
     key = command.keys[0]
     if key == "escape":
         return "Esc"
-    return f"Ctrl-{key[-1].upper()}" if key.startswith("ctrl+") else key.upper()
+    return f"^{key[-1].upper()}" if key.startswith("ctrl+") else key.upper()
 
 
 def _typed(command: Command) -> str:

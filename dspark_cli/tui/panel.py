@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 
@@ -13,9 +11,7 @@ from dspark_cli.tui.memory import Memory
 from dspark_cli.tui.positions import Positions
 from dspark_cli.tui.speed import Speed
 from dspark_cli.tui.state import State
-
-if TYPE_CHECKING:
-    from dspark_cli.tui.watching import Watching
+from dspark_cli.tui.watching import Watching
 
 
 class Panel(VerticalScroll):
@@ -23,7 +19,7 @@ class Panel(VerticalScroll):
 
     can_focus = False
     DEFAULT_CSS = """
-    Panel { width: 42; padding: 0 1; scrollbar-size-vertical: 1; }
+    Panel { width: 42; max-width: 60%; padding: 0 1; scrollbar-size-vertical: 1; }
     Panel Section { margin-bottom: 1; }
     """
 
@@ -35,7 +31,16 @@ class Panel(VerticalScroll):
         yield Blocks()
         yield Memory()
 
-    def update_from(self, w: Watching) -> None:
+    def __init__(self, watching: Watching) -> None:
+        super().__init__()
+        self._watching = watching
+
+    def on_resize(self) -> None:
+        self.update()
+
+    def update(self) -> None:
+        """As of now, if it is on the screen."""
+        w = self._watching
         if not self.display:
             return
         self.query_one(Speed).update_from(w)

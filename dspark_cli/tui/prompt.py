@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from textual import events
+from textual.strip import Strip
 from textual.widgets import TextArea
 
 from dspark_cli.tui.display import clean
@@ -36,6 +37,10 @@ class Prompt(TextArea):
         )
         self._past = history
         self._pastes: dict[int, str] = {}
+
+    def render_line(self, y: int) -> Strip:
+        """Nothing where the window leaves no room: Textual cannot wrap a placeholder into no cells."""
+        return super().render_line(y) if self.content_size.width > 1 else Strip.blank(self.size.width)
 
     @property
     def full_text(self) -> str:

@@ -24,7 +24,7 @@ class Speed(Section):
         plain = w.plain_tok_s or 0.0
         top = max(now, w.tok_s, plain, 1e-9)
         raced = w.race or w.runner
-        how = "raced just now" if raced else "by measured costs" if plain else "not known yet: F4 races"
+        how = "raced just now" if raced else "by measured costs" if plain else "unknown, F4 races"
         self.show(
             [
                 _row("now", now, top, draw.GOOD),

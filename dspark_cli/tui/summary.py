@@ -13,12 +13,17 @@ from dspark_cli.tui.watching import Watching
 class Summary(Section):
     """Speed against plain; acceptance, the last block, and what speculation does."""
 
-    def __init__(self) -> None:
+    def __init__(self, watching: Watching) -> None:
         super().__init__(2, id="summary")
+        self._watching = watching
 
-    def update_from(self, w: Watching) -> None:
+    def on_resize(self) -> None:
+        self.update()
+
+    def update(self) -> None:
+        """As of now, if it is on the screen."""
         if self.display:
-            self.show([_speed(w), _acceptance(w)])
+            self.show([_speed(self._watching), _acceptance(self._watching)])
 
 
 def _speed(w: Watching) -> Text:

@@ -85,7 +85,7 @@ class Window(App[None]):
         self._transcript = Transcript(self._look, id="talk")
         self._head = Section(1, id="head")
         self._keys = Section(1, id="keys")
-        self._summary, self._panel = Summary(), Panel()
+        self._summary, self._panel = Summary(self.watching), Panel(self.watching)
 
     def compose(self) -> ComposeResult:
         yield self._head
@@ -104,9 +104,6 @@ class Window(App[None]):
         self._prompt.focus()
         self.push_screen(LoadingScreen(f"dspark chat {self.opener.model}"))
         self._load()
-
-    def on_resize(self) -> None:
-        self.call_after_refresh(self.show_figures)
 
     def _look(self, width: int) -> Look:
         theme = "monokai" if self.current_theme.dark else "friendly"
@@ -299,8 +296,8 @@ class Window(App[None]):
     def show_figures(self) -> None:
         """Panel, summary and head as of now."""
         self.show_head()
-        self._summary.update_from(self.watching)
-        self._panel.update_from(self.watching)
+        self._summary.update()
+        self._panel.update()
 
     def show_head(self, doing: str = "") -> None:
         """The first line: what is loaded, how it samples, what goes on."""
@@ -402,8 +399,8 @@ def keys_line() -> Text:
     text = Text()
     for command in COMMANDS:
         if command.footer:
-            text.append(f"{key_words(command)} ", "bold").append(f"{command.footer}  ", "dim")
-    return text.append("Ctrl-P ", "bold").append("all", "dim")
+            text.append(f"{key_words(command)} ", "bold").append(f"{command.footer} ", "dim")
+    return text.append("^P ", "bold").append("all", "dim")
 
 
 def _why_ended(answer: Answer, message: m.AnswerDone) -> str:
