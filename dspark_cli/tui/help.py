@@ -12,13 +12,13 @@ from textual.widgets import Static
 
 from dspark_cli.tui.commands import COMMANDS, TYPING, Command
 
-ABOUT = """\
-A small drafter guesses the next tokens, the target checks all guesses in one pass. Right guesses are kept, so a pass gives
-several tokens instead of one; the first wrong one is replaced by the target's own token, so the text is the one the target
-would have written alone. Where guessing does not pay on this machine it is parked.
-
-Colours (F3): green, underlined without colours, was guessed and kept; yellow, reversed without colours, is the target's
-correction of a wrong guess; the rest the target made alone."""
+ABOUT = (
+    "A small drafter guesses the next tokens, the target checks all guesses in one pass. Right guesses are kept, so a pass "
+    "gives several tokens instead of one; the first wrong one is replaced by the target's own token, so the text is the one "
+    "the target would have written alone. Where guessing does not pay on this machine it is parked.",
+    "Colours (F3): green, underlined without colours, was guessed and kept; yellow, reversed without colours, is the "
+    "target's correction of a wrong guess; the rest the target made alone.",
+)
 
 
 class Help(ModalScreen[None]):
@@ -47,7 +47,7 @@ def _contents() -> Group:
     for keys, what in TYPING:
         typing.add_row(Text(keys, "bold"), Text(what, "dim"))
     keys_title, about_title = _title("Keys and commands (Esc closes this)"), _title("What the panel shows")
-    return Group(keys_title, table, _title("Typing"), typing, about_title, Text(ABOUT))
+    return Group(keys_title, table, _title("Typing"), typing, about_title, Text("\n\n".join(ABOUT)))
 
 
 def _title(text: str) -> Text:
@@ -61,7 +61,7 @@ def key_words(command: Command) -> str:
     key = command.keys[0]
     if key == "escape":
         return "Esc"
-    return f"^{key[-1].upper()}" if key.startswith("ctrl+") else key.upper()
+    return f"Ctrl-{key[-1].upper()}" if key.startswith("ctrl+") else key.upper()
 
 
 def _typed(command: Command) -> str:

@@ -40,6 +40,6 @@ def _plan(plan: MemoryPlan) -> list[Text]:
     return [
         draw.labelled("memory", draw.bar(plan.total / free if free else 0, BAR, "blue")).append(f" {size(plan.total)}"),
         draw.labelled("", f"of {size(free)} free on {plan.device.name}"),
-        draw.labelled("", f"target {size(plan.target.weights)}, drafter {size(drafter) if drafter else 'none'}"),
+        draw.labelled("", f"target {size(plan.target.weights)}, drafter {size(drafter) if drafter else '0'}"),
         draw.labelled("", f"KV {size(kv)}, buffers {size(plan.total - plan.target.weights - drafter - kv)}"),
     ]

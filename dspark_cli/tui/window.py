@@ -307,7 +307,7 @@ class Window(App[None]):
             sampling = self.settings.sampling
             warmth = "greedy" if sampling.greedy else f"T {sampling.temperature:g}"
             parts.append((f"{info.name} {info.format} on {info.device}, {warmth}", ""))
-            parts.append((f"  {self.watching.drafter or 'no drafter'} {self.watching.policy}", "dim"))
+            parts.append((f"  drafter {self.watching.drafter or 'none'}, policy {self.watching.policy}", "dim"))
         parts.append((f"  {doing or self.busy}", "yellow"))
         self._head.show([Text.assemble(*parts)])
 
@@ -399,7 +399,7 @@ def keys_line() -> Text:
     text = Text()
     for command in COMMANDS:
         if command.footer:
-            text.append(f"{key_words(command)} ", "bold").append(f"{command.footer} ", "dim")
+            text.append(f"{key_words(command).replace('Ctrl-', '^')} ", "bold").append(f"{command.footer} ", "dim")
     return text.append("^P ", "bold").append("all", "dim")
 
 

@@ -12,7 +12,7 @@ from textual.pilot import Pilot
 
 from dspark_cli.backends.base import Draft, Drafter, DraftRequest, Row, RowOutput, Target, TargetInfo
 from dspark_cli.engine.costs import CostModel, Curve
-from dspark_cli.engine.schedule import parse_policy
+from dspark_cli.engine.schedule import Off, Schedule, parse_policy
 from dspark_cli.engine.session import Session
 from dspark_cli.registry.plan import Device, MemoryPlan, Need
 from dspark_cli.tui.app import ChatApp, make_app
@@ -100,7 +100,7 @@ class ScriptedDrafter(Drafter):
     has_pass = False
     block_size = 4
 
-    def __init__(self, target: ScriptedTarget, *, wrong: int = 5) -> None:
+    def __init__(self, target: ScriptedTarget, *, wrong: int = 6) -> None:
         self.target, self.wrong = target, wrong
 
     def quick(self, requests: Sequence[DraftRequest]) -> list[Draft]:
@@ -122,6 +122,13 @@ class ScriptedDrafter(Drafter):
     def rewind(self, seq: int, length: int) -> None: ...
 
     def fork(self, source: int, destination: int, length: int | None = None) -> None: ...
+
+
+class Parked(Off):
+    """A schedule that has parked speculation, for the reason `auto` would give."""
+
+    name = "auto"
+    parked = "0.87x expected on this machine with Q4_1"  # type: ignore[assignment]
 
 
 class ScriptedSession(Session):
@@ -162,6 +169,7 @@ class ScriptedOpener:
     hold: threading.Event | None = None
     failure: Exception | None = None
     measured: bool = True
+    schedule: Schedule | None = None
     model: str = "scripted"
     switched: list[tuple[str, str | None]] = field(default_factory=list)
 
@@ -184,7 +192,7 @@ class ScriptedOpener:
 
     def _session(self) -> Session:
         drafter = None if self.drafter == "none" else ScriptedDrafter(self.target)
-        session = ScriptedSession(self.target, drafter, parse_policy(self.policy))
+        session = ScriptedSession(self.target, drafter, self.schedule or parse_policy(self.policy))
         session.profile = object() if self.measured else None  # type: ignore[assignment]
         return session
 

@@ -227,7 +227,7 @@ def test_system_prompt_policy_and_drafter_are_switched() -> None:
         await ask(pilot, "/policy threshold:0.5")
         await ask(pilot, "/drafter none")
         assert opener.switched == [("lookup", "threshold:0.5"), ("none", "off")]
-        assert "no drafter off" in shown(pilot)
+        assert "drafter none, policy off" in shown(pilot)
         await ask(pilot, "hi")
         assert app.watching.live.stats.verified == 0  # type: ignore[union-attr]
         assert "plain decoding" in shown(pilot)
