@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -98,7 +99,8 @@ def run_full_screen(pair: o.PairOptions, talk: object, settings: object) -> None
     app.run()
     app.free()
     if app.kept is not None:
-        o.note(f"conversation kept: dspark chat --resume goes on with it ({app.kept})")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            o.note(f"conversation kept: dspark chat --resume goes on with it ({app.kept})")
     if app.problem is not None:
         raise app.problem
     if app.return_code:

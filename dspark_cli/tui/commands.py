@@ -61,6 +61,7 @@ TYPING = (
     ("pageup, pagedown", "scroll the conversation"),
     ("ctrl+c", "stop an answer; twice: leave"),
     ("ctrl+p", "command palette"),
+    ("ctrl+l", "draw the window again"),
 )
 
 

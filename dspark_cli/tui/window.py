@@ -60,6 +60,7 @@ class Window(App[None]):
     VERTICAL_BREAKPOINTS = [(0, "-tiny"), (TINY, "-short"), (SHORT, "-tall")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+c", "interrupt", "Stop", show=False, priority=True),
+        Binding("ctrl+l", "redraw", "Redraw", show=False, priority=True),
         *(Binding(key, f"command('{c.name}')", c.help, show=False, priority=True) for c in COMMANDS for key in c.keys),
     ]
 
@@ -104,6 +105,13 @@ class Window(App[None]):
         self._prompt.focus()
         self.push_screen(LoadingScreen(f"dspark chat {self.opener.model}"))
         self._load()
+
+    def on_resize(self) -> None:
+        """Draw everything: a window that was small for a moment has lost what stood there, whatever its size is now."""
+        self.call_after_refresh(self.action_redraw)
+
+    def action_redraw(self) -> None:
+        self.refresh(layout=True)
 
     def _look(self, width: int) -> Look:
         theme = "monokai" if self.current_theme.dark else "friendly"
