@@ -100,7 +100,9 @@ def by_generate(timed: Timed, options: argparse.Namespace) -> dict[str, Any]:
 
 def by_window(timed: Timed, options: argparse.Namespace) -> dict[str, Any]:
     """The real app; it asks by itself and leaves when the answer is there."""
-    from dspark_cli.tui.app import make_app
+    from dspark_cli.engine.conversation import Conversation
+    from dspark_cli.tui.app import ChatApp
+    from dspark_cli.tui.history import History
     from dspark_cli.tui.messages import AnswerDone, ModelLoaded, Sent
     from dspark_cli.tui.opening import Opened
 
@@ -113,23 +115,22 @@ def by_window(timed: Timed, options: argparse.Namespace) -> dict[str, Any]:
         def switch(self, *_: Any) -> Opened:
             raise NotImplementedError("nothing is switched here")
 
-    app = make_app(Opener(), settings=settings_of(options), history=Path(options.out).with_suffix(".history"))
-    loaded, done = app.on_model_loaded, app.on_answer_done
-    cpu = [0.0, 0.0]
+    cpu: list[float] = []
 
-    def on_model_loaded(message: ModelLoaded) -> None:
-        loaded(message)
-        cpu[0] = time.thread_time()
-        app.post_message(Sent(options.prompt))
+    class Asking(ChatApp):
+        """Textual calls the handlers of the base class too."""
 
-    def on_answer_done(message: AnswerDone) -> None:
-        done(message)
-        cpu[1] = time.thread_time()
-        app.exit()
+        def on_model_loaded(self, message: ModelLoaded) -> None:
+            cpu.append(time.thread_time())
+            self.post_message(Sent(options.prompt))
 
-    app.on_model_loaded, app.on_answer_done = on_model_loaded, on_answer_done  # type: ignore[method-assign]
-    app.run()
-    return {"tok_s": timed.tok_s, "ids": timed.tokens[-1], "ui_cpu_share": (cpu[1] - cpu[0]) / timed.seconds[-1]}
+        def on_answer_done(self, message: AnswerDone) -> None:
+            cpu.append(time.thread_time())
+            self.exit()
+
+    Asking(Opener(), Conversation(), settings_of(options), History()).run()
+    share = (cpu[1] - cpu[0]) / timed.seconds[-1]
+    return {"tok_s": timed.tok_s, "ids": timed.tokens[-1], "ui_cpu_share": share}
 
 
 # -- the terminal --------------------------------------------------------------------------------------------------------
@@ -184,10 +185,11 @@ def _drain(process: subprocess.Popen[bytes], master: int) -> list[float]:
 
 def _echoes(process: subprocess.Popen[bytes], master: int, keys: int) -> list[float]:
     """Ask for a long answer, and type while it comes."""
-    _until(process, master, b"Ask something", 120)
+    _until(process, master, b"waiting for a question", 120)
     time.sleep(1)
     os.write(master, b"Tell me a long story.\r")
-    _until(process, master, b"tok/s", 60)
+    _until(process, master, b"answering", 60)
+    time.sleep(2)
     waits = []
     for _ in range(keys):
         pause = time.monotonic() + random.uniform(0.1, 0.4)

@@ -61,8 +61,7 @@ class Decoder:
 
         Raises what the engine raises, after the rounds that were done have been told.
         """
-        with self.alone():
-            session.on_prefill(_stoppable(prefill, cancelled))
+        with self.alone(), _stoppable(session, prefill, cancelled):
             rounds = session.run(request)
             batch: list[Round] = []
             last = self.clock()
@@ -94,8 +93,7 @@ class Decoder:
         cancelled: Callable[[], bool],
     ) -> Race | None:
         """Decode the same `tokens` plainly; `moved` hears how far. None when it was stopped."""
-        with self.alone():
-            session.on_prefill(_stoppable(lambda done, total: None, cancelled))
+        with self.alone(), _stoppable(session, lambda done, total: None, cancelled):
             plain = Stats()
             ids: list[int] = []
             margins: list[float] = []
@@ -120,10 +118,17 @@ class Decoder:
         return Race(speculative, plain, first, margin)
 
 
-def _stoppable(told: Callable[[int, int], object], cancelled: Callable[[], bool]) -> Callable[[int, int], None]:
+@contextmanager
+def _stoppable(session: Session, told: Callable[[int, int], object], cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Meanwhile, reading a prompt is told of, and ends with Stopped when the user does not want it any more."""
+
     def call(done: int, total: int) -> None:
         if cancelled():
             raise Stopped
         told(done, total)
 
-    return call
+    session.on_prefill(call)
+    try:
+        yield
+    finally:
+        session.on_prefill(lambda done, total: None)
