@@ -25,7 +25,7 @@ from dspark_cli.tui.history import History
 from dspark_cli.tui.loading import LoadingScreen
 from dspark_cli.tui.messages import Asked, Scrolled, Sent
 from dspark_cli.tui.opening import Opener
-from dspark_cli.tui.window import Window
+from dspark_cli.tui.working import Working
 
 #: commands that may run while the model works
 ANY_TIME = ("help", "panel", "colours", "theme", "stop", "copy", "save", "temperature", "system", "quit")
@@ -39,7 +39,7 @@ def make_app(
     return ChatApp(opener, talk or Conversation(), settings or Settings(), History(file))
 
 
-class ChatApp(Window):
+class ChatApp(Working):
     """The window with its commands: each is a method `do_NAME`."""
 
     # -- from the user -------------------------------------------------------------------------------------------------
