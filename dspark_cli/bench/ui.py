@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--tokens", type=int, default=200, help="tokens per answer (default 200)")
-    parser.add_argument("--repeats", type=int, default=8, help="pairs of runs (default 8)")
+    parser.add_argument("--repeats", type=int, default=8, help="pairs of runs (default 8; 0: none)")
     parser.add_argument("--keys", type=int, default=30, help="letters typed (default 30; 0: none)")
     parser.add_argument("--size", default="120x40", help="columns x lines of the terminal (default 120x40)")
     parser.add_argument("--out", default=None, help=argparse.SUPPRESS)
@@ -232,10 +232,11 @@ def main() -> None:
         child(options)
         return
     columns, lines = map(int, options.size.split("x"))
-    with TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        on_terminal([sys.executable, "-m", "dspark_cli.bench.ui", *sys.argv[1:], "--out", str(out)], columns, lines)
-        report_speed(json.loads(out.read_text()), options)
+    if options.repeats:
+        with TemporaryDirectory() as folder:
+            out = Path(folder) / "rows.json"
+            on_terminal([sys.executable, "-m", "dspark_cli.bench.ui", *sys.argv[1:], "--out", str(out)], columns, lines)
+            report_speed(json.loads(out.read_text()), options)
     if options.keys:
         command = [sys.executable, "-m", "dspark_cli", "chat", options.model, "--drafter", options.drafter]
         command += ["--policy", options.policy, "--max-tokens", "4000"]

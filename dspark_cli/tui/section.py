@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.style import Style
 from rich.text import Text
 from textual.geometry import Region
 from textual.strip import Strip
@@ -18,6 +19,7 @@ class Section(Widget):
 
     def __init__(self, rows: int, *, title: str = "", id: str | None = None) -> None:
         super().__init__(id=id)
+        self._style: Style | None = None
         self._shown: list[Text] = []
         self._strips: list[Strip] = []
         self._title = title
@@ -42,8 +44,18 @@ class Section(Widget):
         else:
             self._strips.append(strip)
 
+    def notify_style_update(self) -> None:
+        super().notify_style_update()
+        self._style = None
+
+    def _base(self) -> Style:
+        """`rich_style`, which takes a walk through all parents, once for all lines."""
+        if self._style is None:
+            self._style = self.rich_style
+        return self._style
+
     def render_line(self, y: int) -> Strip:
-        width, style = self.size.width, self.rich_style
+        width, style = self.size.width, self._base()
         if y >= len(self._strips):
             return Strip.blank(width, style)
         return self._strips[y].crop_extend(0, width, style).apply_style(style)

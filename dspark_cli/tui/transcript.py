@@ -34,6 +34,7 @@ class Transcript(Widget):
         self._height = 0
         self._top = 0
         self._follow = True
+        self._style: Style | None = None
 
     @property
     def top(self) -> int:
@@ -75,8 +76,18 @@ class Transcript(Widget):
     def _scroll(self, top: int) -> None:
         self._top = max(0, min(top, self._bottom()))
 
+    def notify_style_update(self) -> None:
+        super().notify_style_update()
+        self._style = None
+
+    def _base(self) -> Style:
+        """`rich_style`, which takes a walk through all parents, once for all lines."""
+        if self._style is None:
+            self._style = self.rich_style
+        return self._style
+
     def render_line(self, y: int) -> Strip:
-        width, style = self.size.width, self.rich_style
+        width, style = self.size.width, self._base()
         strip = Strip(self.content.line(self._top + y)).crop_extend(0, width - 1, style).apply_style(style)
         return Strip([*strip, *Strip([self._mark(y)]).apply_style(style)], width) if width else strip
 

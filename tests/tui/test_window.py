@@ -634,3 +634,20 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {"underline", "reverse"} <= {str(s.style) for s in row if s.style}, "origin shows without colour"
 
     drive(app, test)
+
+
+def test_another_theme_is_drawn_at_once() -> None:
+    app, _ = app_of({"hi": "ho"})
+
+    async def test(pilot: Pilot[None]) -> None:
+        await ask(pilot, "hi")
+        before = app._transcript.render_line(0), app._panel.query("Section").first().render_line(0)  # type: ignore[attr-defined]
+        await type_and_send(pilot, "/theme textual-light")
+        await pilot.pause(0.1)
+        after = app._transcript.render_line(0), app._panel.query("Section").first().render_line(0)  # type: ignore[attr-defined]
+        assert app._look(40).code_theme == "friendly"
+        for old, new in zip(before, after, strict=True):
+            assert old.text == new.text
+            assert [s.style for s in old] != [s.style for s in new]
+
+    drive(app, test)
