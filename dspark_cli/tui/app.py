@@ -28,6 +28,7 @@ from dspark_cli.tui.opening import Opener
 from dspark_cli.tui.working import Working
 
 #: commands that may run while the model works
+AFTERWARDS = ("policy", "drafter")  # ... and these wait for the end of the answer
 ANY_TIME = ("help", "panel", "colours", "theme", "stop", "copy", "save", "temperature", "system", "quit")
 
 
@@ -51,8 +52,8 @@ class ChatApp(Working):
             self.fail("no such command", error)
             return
         if found is not None:
-            self._prompt.sent()
-            self.run_command(*found)
+            if self.run_command(*found):
+                self._prompt.sent()
         elif self.busy:
             self.tell(f"still {self.busy}: Esc stops it, then Enter sends this", severity="warning")
         else:
@@ -69,17 +70,22 @@ class ChatApp(Working):
         if message.argument.strip():
             self.run_command(message.command, message.argument.strip())
 
-    def run_command(self, command: Command, argument: str) -> None:
-        """Do it, ask for its argument, or say why it must wait."""
-        if self.busy and command.name not in ANY_TIME:
-            self.tell(f"still {self.busy}: Esc stops it", severity="warning")
-        elif command.asks and not argument:
+    def run_command(self, command: Command, argument: str) -> bool:
+        """Do it, ask for its argument, or say why it must wait. Returns whether it was taken."""
+        if command.asks and not argument:
             self.push_screen(Ask(command, self.present(command)))
+        elif self.busy == "answering" and command.name in AFTERWARDS:
+            self.afterwards.append(lambda: self.run_command(command, argument))
+            self.tell(f"{command.name} {argument}: after this answer")
+        elif self.busy and command.name not in ANY_TIME:
+            self.tell(f"still {self.busy}: Esc stops it", severity="warning")
+            return False
         else:
             try:
                 getattr(self, f"do_{command.name}")(argument)
             except DsparkError as error:
                 self.fail(f"/{command.name}", error)
+        return True
 
     def present(self, command: Command) -> str:
         """What a dialog starts with: the value as it is now."""
@@ -104,7 +110,7 @@ class ChatApp(Working):
                     f"{name.capitalize()} {value}", f"/{name} {value}", self._doing(BY_NAME[name], value)
                 )
 
-    def _doing(self, command: Command, argument: str) -> Callable[[], None]:
+    def _doing(self, command: Command, argument: str) -> Callable[[], object]:
         return lambda: self.run_command(command, argument)
 
     # -- the commands --------------------------------------------------------------------------------------------------

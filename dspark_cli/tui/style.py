@@ -25,4 +25,5 @@ Prompt:focus { border: round $accent; }
 .-tiny #summary, .-tiny Panel { display: none; }
 .-tiny Prompt { border: none; min-height: 1; max-height: 2; }
 Toast { max-width: 70%; }
+ToastRack { margin-bottom: 4; }
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -69,6 +70,8 @@ class Window(App[None]):
         self.coloured = False
         self.request: Request | None = None
         self.answer: Answer | None = None
+        #: what the user wants once the answer is there
+        self.afterwards: list[Callable[[], object]] = []
         self._opened: Opened | None = None
         self._spans: Spans | None = None
         self._watch = Watch(None)

@@ -77,6 +77,8 @@ class Working(Window):
         self.show_figures()
         if message.switched:
             self.tell(f"drafter {self.watching.drafter or 'none'}, policy {self.watching.policy}")
+        while self.afterwards and not self.busy:
+            self.afterwards.pop(0)()
 
     def on_load_failed(self, message: m.LoadFailed) -> None:
         self._loading_ended()
@@ -161,6 +163,8 @@ class Working(Window):
         self.keep()
         self._transcript.changed()
         self.show_figures()
+        while self.afterwards and not self.busy:
+            self.afterwards.pop(0)()
 
     def _give_back(self) -> None:
         """Nothing came: the question goes back into the input, and is no part of the conversation."""

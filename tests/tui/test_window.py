@@ -651,3 +651,26 @@ def test_another_theme_is_drawn_at_once() -> None:
             assert [s.style for s in old] != [s.style for s in new]
 
     drive(app, test)
+
+
+def test_a_policy_chosen_in_the_middle_of_an_answer_comes_after_it() -> None:
+    app, target = app_of(lambda question: "a b c d e f")
+    held = Held(target)
+    opener = app.opener
+    assert isinstance(opener, ScriptedOpener)
+
+    async def test(pilot: Pilot[None]) -> None:
+        await type_and_send(pilot, "go")
+        held.passes.release()
+        await type_and_send(pilot, "/policy off")
+        await type_and_send(pilot, "/new")
+        assert prompt_of(app).text == "/new", "refused, and not lost"
+        await type_and_send(pilot, "x")  # "/newx" is no command: nothing happens to the answer
+        assert opener.switched == []
+        held.go.set()
+        await until(pilot, lambda: opener.switched == [("lookup", "off")])
+        await ready(pilot)
+        assert app.talk.last_answer == "a b c d e f"
+        assert "policy off" in shown(pilot)
+
+    drive(app, test)
