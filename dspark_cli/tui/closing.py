@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from contextlib import suppress
 from dspark_cli.engine.kept import state_folder
 
 PATIENCE_S = 3.0
+LOOK_EVERY_S = 1.0
 SIGNALS = ("SIGHUP", "SIGTERM")
 
 
@@ -28,6 +30,36 @@ def on_signals(leave: Callable[[int], None], interrupted: Callable[[], None]) ->
             number = getattr(signal, name)
             loop.add_signal_handler(number, leave, 128 + number)
         loop.add_signal_handler(signal.SIGINT, interrupted)
+
+
+def terminal_gone() -> bool:
+    """Whether standard input was a terminal whose other side is closed; not every such program gets a hang-up signal."""
+    try:
+        import termios
+    except ImportError:
+        return False
+    try:
+        termios.tcgetattr(0)
+    except termios.error as error:
+        return error.args[0] == errno.EIO
+    return False
+
+
+def on_terminal_gone(gone: Callable[[], None]) -> Callable[[], None]:
+    """Call `gone` once, from a thread of its own: writing to a terminal that is gone may block the main thread for ever.
+
+    Returns what ends the watching.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(LOOK_EVERY_S):
+            if terminal_gone():
+                gone()
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    return over.set
 
 
 def surely_end(code: int) -> None:

@@ -22,7 +22,7 @@ from dspark_cli.engine.spans import Spans
 from dspark_cli.engine.talk import Settings
 from dspark_cli.engine.watch import Watch
 from dspark_cli.tui.budget import Budget
-from dspark_cli.tui.closing import on_signals, record, surely_end
+from dspark_cli.tui.closing import on_signals, on_terminal_gone, record, surely_end
 from dspark_cli.tui.commands import COMMANDS
 from dspark_cli.tui.decoder import Decoder
 from dspark_cli.tui.display import Look, Turn
@@ -38,6 +38,7 @@ from dspark_cli.tui.transcript import Transcript
 from dspark_cli.tui.watching import Watching
 
 TWICE_S = 2.0  # two Ctrl-C within this leave
+HUNG_UP = 129  # as the signal would have it
 
 
 class Window(App[None]):
@@ -72,6 +73,7 @@ class Window(App[None]):
         self.answer: Answer | None = None
         #: what the user wants once the answer is there
         self.afterwards: list[Callable[[], object]] = []
+        self._unwatch: Callable[[], None] = lambda: None
         self._opened: Opened | None = None
         self._spans: Spans | None = None
         self._watch = Watch(None)
@@ -96,6 +98,7 @@ class Window(App[None]):
 
     def on_mount(self) -> None:
         on_signals(self.leave, self.action_interrupt)
+        self._unwatch = on_terminal_gone(self._terminal_gone)
         self._keys.show([keys_line()])
         self.rebuild()
         self._prompt.focus()
@@ -203,8 +206,15 @@ class Window(App[None]):
             surely_end(code)
         self.exit(return_code=code)
 
+    def _terminal_gone(self) -> None:
+        """In a thread of its own, as the window may hang in a write."""
+        self.keep()
+        surely_end(HUNG_UP)
+        self.call_from_thread(self.leave, HUNG_UP)
+
     def free(self) -> None:
         """Free the pair; called when the window is closed."""
+        self._unwatch()
         if self._opened is not None and self.decoder.wait(seconds=20):
             self._opened.session.close()
             self._opened = None

@@ -20,7 +20,13 @@ class Terminal:
     """Runs `command` on a terminal of `columns` x `lines`; a thread reads what it draws."""
 
     def __init__(
-        self, command: list[str], *, columns: int = 100, lines: int = 30, env: dict[str, str] | None = None
+        self,
+        command: list[str],
+        *,
+        columns: int = 100,
+        lines: int = 30,
+        env: dict[str, str] | None = None,
+        controlling: bool = True,
     ) -> None:
         self._screen = pyte.Screen(columns, lines)
         self._stream = pyte.ByteStream(self._screen)
@@ -35,7 +41,8 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # closing the terminal then hangs it up
+            # closing a controlling terminal hangs the program up
+            preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if controlling else None,
             env={**os.environ, "TERM": "xterm-256color", **(env or {})},
         )
         self._slave = slave  # kept open, to look at the settings when the program is gone

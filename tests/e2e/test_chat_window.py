@@ -33,8 +33,9 @@ def opened() -> Iterator[list[Terminal]]:
         terminal.close()
 
 
-def chat(opened: list[Terminal], *args: str, columns: int = 100, lines: int = 30) -> Terminal:
-    terminal = Terminal([sys.executable, "-m", "dspark_cli", "chat", *args], columns=columns, lines=lines)
+def chat(opened: list[Terminal], *args: str, columns: int = 100, lines: int = 30, controlling: bool = True) -> Terminal:
+    command = [sys.executable, "-m", "dspark_cli", "chat", *args]
+    terminal = Terminal(command, columns=columns, lines=lines, controlling=controlling)
     opened.append(terminal)
     return terminal
 
@@ -83,9 +84,10 @@ def test_ctrl_c_twice_in_the_middle_of_an_answer(opened: list[Terminal], state: 
     assert len(json.loads((state / "last-chat.json").read_text())[1]["content"]) > 3
 
 
-@pytest.mark.parametrize("how", ["terminal closed", "SIGTERM"])
+@pytest.mark.parametrize("how", ["terminal closed", "terminal closed without a signal", "SIGTERM"])
 def test_an_end_from_outside_keeps_the_conversation(opened: list[Terminal], state: Path, how: str) -> None:
-    terminal = chat(opened, "--drafter", "none", columns=80, lines=24)
+    controlling = "without" not in how
+    terminal = chat(opened, "--drafter", "none", columns=80, lines=24, controlling=controlling)
     terminal.wait(ready)
     terminal.send("Tell me a long story.\r")
     terminal.wait(lambda s: re.search(r"\d tok/s now", s))
