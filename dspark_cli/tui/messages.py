@@ -93,6 +93,11 @@ class Sent(Message):
 
 
 @dataclass
+class InputDropped(Message):
+    """The terminal sent bytes that are not UTF-8; they and what came with them are lost."""
+
+
+@dataclass
 class Asked(Message):
     """The user gave a command its argument in the dialog."""
 

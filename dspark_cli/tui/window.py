@@ -21,11 +21,13 @@ from dspark_cli.engine.rounds import Request
 from dspark_cli.engine.spans import Spans
 from dspark_cli.engine.talk import Settings
 from dspark_cli.engine.watch import Watch
+from dspark_cli.tui import messages as m
 from dspark_cli.tui.budget import Budget
 from dspark_cli.tui.closing import on_signals, on_terminal_gone, record, surely_end
 from dspark_cli.tui.commands import COMMANDS
 from dspark_cli.tui.decoder import Decoder
 from dspark_cli.tui.display import Look, Turn
+from dspark_cli.tui.driver import forgiving_driver
 from dspark_cli.tui.help import key_words
 from dspark_cli.tui.history import History
 from dspark_cli.tui.opening import Opened, Opener
@@ -60,7 +62,7 @@ class Window(App[None]):
     ]
 
     def __init__(self, opener: Opener, talk: Conversation, settings: Settings, history: History) -> None:
-        super().__init__()
+        super().__init__(driver_class=forgiving_driver())
         self.opener, self.talk, self.settings = opener, talk, settings
         self.problem: Exception | None = None
         self.kept: Path | None = None
@@ -167,6 +169,9 @@ class Window(App[None]):
         if isinstance(error, ContextFull):
             hint = "/new begins anew, /save keeps this one; a larger --ctx holds more"
         self.tell(f"{error}\ntry: {hint}" if hint else str(error), severity="error", title=title)
+
+    def on_input_dropped(self, _: m.InputDropped) -> None:
+        self.tell("what was typed or pasted is not UTF-8 text and was dropped", severity="warning")
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

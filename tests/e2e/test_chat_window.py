@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
@@ -102,6 +103,19 @@ def test_an_end_from_outside_keeps_the_conversation(opened: list[Terminal], stat
     question, answer = json.loads((state / "last-chat.json").read_text())
     assert question["content"] == "Tell me a long story."
     assert len(answer["content"]) > 3
+
+
+def test_bytes_that_are_not_utf8_are_dropped(opened: list[Terminal]) -> None:
+    terminal = chat(opened, "--drafter", "none")
+    terminal.wait(ready)
+    os.write(terminal.master, b"\x1b[200~caf\xe9\r\rrest\x1b[201~")
+    terminal.wait(lambda s: "not UTF-8" in s)
+    terminal.send("still here")
+    terminal.wait(lambda s: "still here" in s)
+    terminal.send("\x11")
+    assert terminal.end() == 0
+    assert terminal.restored()
+    assert b"Traceback" not in terminal.raw
 
 
 def test_a_wrong_name_never_takes_the_terminal(opened: list[Terminal]) -> None:
