@@ -65,6 +65,10 @@ class OpenOptions:
         """The file of the model drafter, if one is named or known."""
         return self.drafter_path if self.drafter in DRAFTER_WORDS else Path(self.drafter)
 
+    def told(self, stage: str) -> Callable[[float], None] | None:
+        """`progress` for one stage."""
+        return None if self.progress is None else partial(self.progress, stage)
+
     def context(self) -> ContextOptions:
         return ContextOptions(
             ctx=self.ctx,
@@ -121,10 +125,9 @@ class Session:
         if options.drafter == "none":
             schedule = _no_drafter(options)
         with ExitStack() as stack:
-            progress = None if options.progress is None else partial(options.progress, "loading the model")
-            target = stack.enter_context(
-                LlamaCppTarget(options.model, options.context(), name=options.name, progress=progress)
-            )
+            told = options.told("loading the model")
+            target = LlamaCppTarget(options.model, options.context(), name=options.name, progress=told)
+            stack.enter_context(target)
             session = cls(target, _drafter_of(options, target, schedule, stack), schedule)
             if isinstance(schedule, AutoSchedule):
                 session._prepare(schedule, options, measure_anew)
@@ -156,9 +159,8 @@ class Session:
         self.profile = Place.of(self.target, self.drafter, file)
         if measure_anew:
             self.profile.forget()
-        measuring = "measuring what passes cost here (once)"
-        progress = None if options.progress is None else partial(options.progress, measuring)
-        schedule.costs = costs_of(self.target, self.drafter, self.profile, options.notice, progress)
+        told = options.told("measuring what passes cost here (once)")
+        schedule.costs = costs_of(self.target, self.drafter, self.profile, options.notice, told)
         schedule.beliefs = load_beliefs(file, options.notice)
         schedule.label = self.target.info.format
         schedule.cap = self.target.max_rows

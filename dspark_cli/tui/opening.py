@@ -62,8 +62,12 @@ class Progress:
 
     # -- Report ------------------------------------------------------------------------------------------------------
 
+    def expect(self, files: int, total: int, have: int) -> None:
+        self._total, self._have = total, have
+        self._tell(f"{files} file{'' if files == 1 else 's'} to download")
+
     def begin(self, name: str, total: int, have: int) -> None:
-        self._file, self._total, self._have = name, total, have
+        self._file = name
         self._downloading()
 
     def advance(self, name: str, n_bytes: int) -> None:

@@ -172,7 +172,8 @@ def test_loading_is_told_now_and_then_and_ends_when_cancelled() -> None:
     told: list[object] = []
     now, cancelled = [0.0], [False]
     progress = Progress(told.append, lambda: cancelled[0], clock=lambda: now[0])
-    progress.begin("model.gguf", 100, 20)
+    progress.expect(2, 100, 20)
+    progress.begin("model.gguf", 80, 0)
     for _ in range(10):
         progress.advance("model.gguf", 1)
         now[0] += 0.03
