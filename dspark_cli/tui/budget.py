@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter, thread_time
 
-SHARE = 0.015  # of the time, for everything the UI thread does while decoding
+SHARE = 0.01  # of the time, for everything the UI thread does while decoding
 SHORTEST_S, LONGEST_S = 0.12, 1.5
 FIRST_COST_S = 0.01
 
