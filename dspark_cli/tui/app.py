@@ -137,6 +137,7 @@ class ChatApp(Working):
         self.begin_race()
 
     def do_retry(self, _: str) -> None:
+        before = list(self.talk.messages)
         if not self.talk.drop_answer():
             raise BadInput("nothing was asked yet")
         sampling = self.settings.sampling
@@ -145,7 +146,7 @@ class ChatApp(Working):
         else:
             self.settings.sampling = replace(sampling, seed=sampling.seed + 1)
         self.rebuild()
-        self.begin()
+        self.begin(instead_of=before)
 
     def do_edit(self, _: str) -> None:
         text = self.talk.take_back()

@@ -24,7 +24,7 @@ ABOUT = (
 class Help(ModalScreen[None]):
     """Any of its keys closes it."""
 
-    BINDINGS = [("escape,f1,q,enter", "dismiss", "Close")]  # noqa: RUF012
+    BINDINGS = [("escape,f1,q,enter,ctrl+c", "dismiss", "Close")]  # noqa: RUF012
     DEFAULT_CSS = """
     Help { align: center middle; }
     Help VerticalScroll { width: 90%; max-width: 92; height: 90%; border: round $accent; padding: 0 1; background: $surface; }

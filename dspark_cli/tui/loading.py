@@ -18,7 +18,7 @@ LINES = 6
 class LoadingScreen(ModalScreen[None]):
     """A line that says what goes on, a bar where the share is known, and the last lines worth reading."""
 
-    BINDINGS = [("escape", "app.stop", "Cancel")]  # noqa: RUF012
+    BINDINGS = [("escape,ctrl+c,ctrl+q", "app.stop", "Cancel")]  # noqa: RUF012
     DEFAULT_CSS = """
     LoadingScreen { align: center middle; }
     LoadingScreen Vertical { width: 90%; max-width: 76; height: auto; border: round $accent; padding: 0 1; }

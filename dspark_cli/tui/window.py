@@ -15,7 +15,7 @@ from textual.worker import Worker
 
 from dspark_cli.backends.errors import ContextFull, DsparkError
 from dspark_cli.engine.answer import Answer
-from dspark_cli.engine.conversation import Conversation
+from dspark_cli.engine.conversation import Conversation, Message
 from dspark_cli.engine.kept import kept_file
 from dspark_cli.engine.rounds import Request
 from dspark_cli.engine.spans import Spans
@@ -80,6 +80,7 @@ class Window(App[None]):
         self._spans: Spans | None = None
         self._watch = Watch(None)
         self._turn: Turn | None = None
+        self._instead_of: list[Message] | None = None
         self._engine_worker: Worker[None] | None = None
         self._interrupted = -TWICE_S
         self._prompt = Prompt(history, id="prompt")
@@ -99,7 +100,7 @@ class Window(App[None]):
         yield self._keys
 
     def on_mount(self) -> None:
-        on_signals(self.leave, self.action_interrupt)
+        on_signals(self._ended, self.action_interrupt)
         self._unwatch = on_terminal_gone(self._terminal_gone)
         self._keys.show([keys_line()])
         self.rebuild()
@@ -207,9 +208,12 @@ class Window(App[None]):
         """Stop what runs, keep the conversation, close the window. code: what the process ends with."""
         self.keep()
         self.stop()
-        if code > 128:
-            surely_end(code)
         self.exit(return_code=code)
+
+    def _ended(self, code: int) -> None:
+        """A signal: there may be no terminal left to write to."""
+        surely_end(code)
+        self.leave(code)
 
     def _terminal_gone(self) -> None:
         """In a thread of its own, as the window may hang in a write."""

@@ -10,7 +10,7 @@ from textual.worker import get_current_worker
 
 from dspark_cli.backends.errors import DsparkError
 from dspark_cli.engine.answer import Answer
-from dspark_cli.engine.conversation import Conversation
+from dspark_cli.engine.conversation import Conversation, Message
 from dspark_cli.engine.rounds import Request
 from dspark_cli.engine.session import NEAR_TIE
 from dspark_cli.engine.spans import Spans
@@ -96,10 +96,11 @@ class Working(Window):
 
     # -- an answer ---------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Answer the last question of the conversation."""
+    def begin(self, instead_of: list[Message] | None = None) -> None:
+        """Answer the last question of the conversation. instead_of: the messages as they were, if no answer comes."""
         assert self._opened is not None
         self.busy = "answering"
+        self._instead_of = instead_of
         self.answer, self._turn = Answer(), Turn("assistant")
         self._spans = Spans(self._opened.session.target.tokenizer)
         self.watching.answer_begins()
@@ -167,8 +168,11 @@ class Working(Window):
             self.afterwards.pop(0)()
 
     def _give_back(self) -> None:
-        """Nothing came: the question goes back into the input, and is no part of the conversation."""
-        text = self.talk.take_back()
+        """Nothing came: the question goes back into the input, or the answer it had stays."""
+        if self._instead_of is not None:
+            self.talk.messages, text = self._instead_of, None
+        else:
+            text = self.talk.take_back()
         self.rebuild()
         if text and not self._prompt.text.strip():
             self._prompt.put(text)

@@ -674,3 +674,21 @@ def test_a_policy_chosen_in_the_middle_of_an_answer_comes_after_it() -> None:
         assert "policy off" in shown(pilot)
 
     drive(app, test)
+
+
+def test_a_retry_that_brings_nothing_leaves_the_old_answer() -> None:
+    app, target = app_of({"hi": "ho"})
+
+    def fail() -> None:
+        raise DsparkError("no room for 3 more tokens")
+
+    async def test(pilot: Pilot[None]) -> None:
+        await ask(pilot, "hi")
+        target.before_step = fail
+        await pilot.press("f5")
+        await ready(pilot)
+        assert [m["content"] for m in app.talk.messages] == ["hi", "ho"]
+        assert prompt_of(app).text == ""
+        assert "no room" in shown(pilot)
+
+    drive(app, test)
