@@ -168,13 +168,14 @@ class Growing:
 
 
 def _block_starts(text: str) -> list[int]:
-    """Characters at which the top-level blocks of a Markdown text begin; [0] for none."""
+    """Characters at which the top-level blocks of a Markdown text begin, 0 first.
+
+    A block whose first line is not complete is left to the one before it: "#" begins a heading, "#x" goes on with a table.
+    """
     rows = [token.map[0] for token in PARSER.parse(text) if token.level == 0 and token.map and token.nesting >= 0]
-    if len(rows) < 2:
-        return [0]
     # by "\n" alone, as markdown-it counts: str.splitlines knows more line ends
     offsets = [0, *(at + 1 for at, character in enumerate(text) if character == "\n")]
-    return [0, *(offsets[row] for row in rows[1:])]
+    return [0, *(offsets[row] for row in rows[1:] if row + 1 < len(offsets))]
 
 
 @dataclass

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripted import ByteTokenizer
 
@@ -58,8 +58,10 @@ def plain(lines: list) -> list[str]:
     return ["".join(segment.text for segment in line).rstrip() for line in lines]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(PIECES)
+@example(["| a | b |\n|---|---|\n| 1 | 2 |\n", "#", "x\n"])
+@example(["| a | b |\n|---|---|\n| 1 | 2 |\n", "\u2028", "# Head\n"])
 def test_markdown_that_grew_is_markdown_at_once(pieces: list[str]) -> None:
     growing, text = Growing(Renderer(Look(40))), ""
     for piece in pieces:

@@ -256,7 +256,7 @@ def test_bad_arguments_change_nothing_and_say_what_is_right() -> None:
             ("/copy", "no answer to copy"),
         ):
             app.clear_notifications()
-            await type_and_send(pilot, typed)
+            command(app, typed)
             await until(pilot, lambda says=says: says in " ".join(shown(pilot).split()), says)
         app.clear_notifications()
         await type_and_send(pilot, "/frobnicate")
