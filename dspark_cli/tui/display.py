@@ -87,6 +87,8 @@ class _Markdown(Markdown):
         self.parsed = PARSER.parse(text)
 
 
+#: blocks that a blank line does not end
+OPEN_ENDED = ("bullet_list_open", "ordered_list_open", "code_block")
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 
 
@@ -171,11 +173,19 @@ def _block_starts(text: str) -> list[int]:
     """Characters at which the top-level blocks of a Markdown text begin, 0 first.
 
     A block whose first line is not complete is left to the one before it: "#" begins a heading, "#x" goes on with a table.
+    Not after a blank line, which ends everything but lists and indented code.
     """
-    rows = [token.map[0] for token in PARSER.parse(text) if token.level == 0 and token.map and token.nesting >= 0]
+    blocks = [t for t in PARSER.parse(text) if t.level == 0 and t.map and t.nesting >= 0]
     # by "\n" alone, as markdown-it counts: str.splitlines knows more line ends
     offsets = [0, *(at + 1 for at, character in enumerate(text) if character == "\n")]
-    return [0, *(offsets[row] for row in rows[1:] if row + 1 < len(offsets))]
+    starts = [0]
+    for before, block in pairwise(blocks):
+        assert block.map is not None
+        begin = offsets[block.map[0]]
+        ended = text[:begin].endswith("\n\n") and before.type not in OPEN_ENDED
+        if ended or block.map[0] + 1 < len(offsets):
+            starts.append(begin)
+    return starts
 
 
 @dataclass
