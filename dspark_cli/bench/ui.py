@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -71,14 +72,27 @@ def child(options: argparse.Namespace) -> None:
         resolve(options.model).path, options.model, drafter=options.drafter, policy=options.policy, ctx=2048
     )
     rows: list[dict[str, Any]] = []
-    with Session.open(opening) as session:
-        arms = {"generate": by_generate, "window": by_window}
-        for repeat in range(options.repeats + 1):
-            order = list(arms) if repeat % 2 else list(reversed(arms))
-            row = {name: arms[name](Timed(session), options) for name in order}
-            if repeat:  # the first is a warm-up
-                rows.append(row)
+    engine = EngineThread(1)
+    session = engine.submit(Session.open, opening).result()
+    for repeat in range(options.repeats + 1):
+        arms = {
+            "generate": lambda: engine.submit(by_generate, Timed(session), options).result(),
+            "window": lambda: by_window(Timed(session), options, engine),
+        }
+        order = list(arms) if repeat % 2 else list(reversed(arms))
+        row = {name: arms[name]() for name in order}
+        if repeat:  # the first is a warm-up
+            rows.append(row)
+    session.close()
     Path(options.out).write_text(json.dumps(rows))
+    os._exit(0)  # the engine's thread never ends by itself
+
+
+class EngineThread(ThreadPoolExecutor):
+    """One thread for both arms, as either program has one; it outlives the windows, which shut it down when they close."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self.submit(int).result()  # what runs in it has ended
 
 
 def settings_of(options: argparse.Namespace) -> Any:
@@ -98,7 +112,7 @@ def by_generate(timed: Timed, options: argparse.Namespace) -> dict[str, Any]:
     return {"tok_s": timed.tok_s, "ids": timed.tokens[-1]}
 
 
-def by_window(timed: Timed, options: argparse.Namespace) -> dict[str, Any]:
+def by_window(timed: Timed, options: argparse.Namespace, engine: EngineThread) -> dict[str, Any]:
     """The real app; it asks by itself and leaves when the answer is there."""
     from dspark_cli.engine.conversation import Conversation
     from dspark_cli.tui.app import ChatApp
@@ -128,7 +142,7 @@ def by_window(timed: Timed, options: argparse.Namespace) -> dict[str, Any]:
             cpu.append(time.thread_time())
             self.exit()
 
-    Asking(Opener(), Conversation(), settings_of(options), History()).run()
+    Asking(Opener(), Conversation(), settings_of(options), History(), engine).run()
     share = (cpu[1] - cpu[0]) / timed.seconds[-1]
     return {"tok_s": timed.tok_s, "ids": timed.tokens[-1], "ui_cpu_share": share}
 

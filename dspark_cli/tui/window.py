@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -61,9 +64,17 @@ class Window(App[None]):
         *(Binding(key, f"command('{c.name}')", c.help, show=False, priority=True) for c in COMMANDS for key in c.keys),
     ]
 
-    def __init__(self, opener: Opener, talk: Conversation, settings: Settings, history: History) -> None:
+    def __init__(
+        self,
+        opener: Opener,
+        talk: Conversation,
+        settings: Settings,
+        history: History,
+        executor: ThreadPoolExecutor | None = None,
+    ) -> None:
         super().__init__(driver_class=forgiving_driver())
         self.opener, self.talk, self.settings = opener, talk, settings
+        self._executor = executor or ThreadPoolExecutor(1, "engine")
         self.problem: Exception | None = None
         self.kept: Path | None = None
         self.budget = Budget()
@@ -100,6 +111,11 @@ class Window(App[None]):
         yield self._keys
 
     def on_mount(self) -> None:
+        # Textual's thread workers run in the default executor: one thread for all that touches the engine. libgomp keeps a
+        # pool for each thread that computes, and with more threads in its pools than cores it stops spinning: 36 instead of
+        # 95 tok/s on two cores when the pair was measured in another thread (`python -m dspark_cli.bench.ui`).
+        if sys.platform != "win32":  # where Textual sleeps in that executor too, and OpenMP is another one
+            asyncio.get_running_loop().set_default_executor(self._executor)
         on_signals(self._ended, self.action_interrupt)
         self._unwatch = on_terminal_gone(self._terminal_gone)
         self._keys.show([keys_line()])

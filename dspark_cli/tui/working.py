@@ -28,8 +28,9 @@ class Working(Window):
     """The window with its workers. They touch the engine through `decoder` alone, and the window by messages alone."""
 
     def on_mount(self) -> None:
+        """Textual calls `Window.on_mount` too, after this one: the first work waits for it."""
         self.push_screen(LoadingScreen(f"dspark chat {self.opener.model}"))
-        self._load()
+        self.call_next(self._load)
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
