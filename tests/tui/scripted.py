@@ -170,10 +170,12 @@ class ScriptedOpener:
     failure: Exception | None = None
     measured: bool = True
     schedule: Schedule | None = None
+    on_open: Callable[[], None] = lambda: None
     model: str = "scripted"
     switched: list[tuple[str, str | None]] = field(default_factory=list)
 
     def open(self, progress: Progress) -> Opened:
+        self.on_open()
         progress.say("222 MB of 4.3 GB free on cpu")
         progress.stage("loading the model", 0.5)
         while self.hold is not None and not self.hold.wait(0.01):
@@ -183,6 +185,7 @@ class ScriptedOpener:
         return Opened(self._session(), PLAN)
 
     def switch(self, opened: Opened, drafter: str, policy: str | None, progress: Progress) -> Opened:
+        self.on_open()
         progress.stage("switching")
         if self.failure is not None:
             raise self.failure

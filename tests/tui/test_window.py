@@ -692,3 +692,24 @@ def test_a_retry_that_brings_nothing_leaves_the_old_answer() -> None:
         assert "no room" in shown(pilot)
 
     drive(app, test)
+
+
+def test_one_thread_touches_the_engine() -> None:
+    """OpenMP keeps a pool of threads for each thread that computes; a second pool halves the speed of a small machine."""
+    app, target = app_of({"hi": "ho"})
+    threads: set[int] = set()
+    target.before_step = lambda: threads.add(threading.get_ident())
+    opener = app.opener
+    assert isinstance(opener, ScriptedOpener)
+    opener.on_open = lambda: threads.add(threading.get_ident())
+
+    async def test(pilot: Pilot[None]) -> None:
+        for _ in range(3):
+            await ask(pilot, "hi")
+            await pilot.press("f4")
+            await ready(pilot)
+        await ask(pilot, "/policy fixed:2")
+        assert len(threads) == 1
+        assert threading.get_ident() not in threads
+
+    drive(app, test)
