@@ -52,7 +52,7 @@ def race_result(race: Race) -> str:
     """The outcome of a race in one line."""
     if race.ratio is None:
         return "too short to compare"
-    same = "identical" if race.identical else f"first difference at token {race.first_difference}"
+    same = "identical" if race.identical else f"differs at token {race.first_difference}"
     return f"{race.ratio:.2f}x plain, {same}"
 
 

@@ -364,7 +364,7 @@ def test_a_race_reports_the_first_difference() -> None:
         target.script = lambda question: "abcXefgh"
         await pilot.press("f4")
         await ready(pilot)
-        assert "first difference at token 3" in shown(pilot)
+        assert "differs at token 3" in shown(pilot)
         assert app.watching.race.margin == pytest.approx(10.0)  # type: ignore[union-attr]
 
     drive(app, test)
