@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dspark_cli.engine.stats import Stats, ids_sha256
+from dspark_cli.engine.answer import Answer
+from dspark_cli.engine.stats import ids_sha256
 
 if TYPE_CHECKING:
     from dspark_cli.engine.rounds import Request, Round
     from dspark_cli.engine.session import Session
     from dspark_cli.engine.watch import Watch
-
-
-@dataclass
-class Answer:
-    """What one answer brought. Filled round by round, so an interrupted one keeps what it has."""
-
-    stats: Stats = field(default_factory=Stats)
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    finish: str | None = None
-    sources: dict[str, int] = field(default_factory=dict)
-    parked: str | None = None
-
-    def add(self, item: Round) -> None:
-        self.stats.add(item)
-        self.tokens += item.tokens
-        self.text += item.text
-        self.finish = item.finish
-        self.parked = item.parked
-        if item.source:
-            self.sources[item.source] = self.sources.get(item.source, 0) + item.accepted
 
 
 def stream(rounds: Iterator[Round], answer: Answer, *, echo: bool = True, watch: Watch | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from dspark_cli.engine.rounds import SamplingOptions
     from dspark_cli.engine.session import OpenOptions, Session
     from dspark_cli.registry.choose import Wish
+    from dspark_cli.registry.download import Report
     from dspark_cli.registry.plan import MemoryPlan
     from dspark_cli.registry.resolve import Resolved
 
@@ -93,8 +95,8 @@ def open_options(options: PairOptions) -> OpenOptions:
     return loading(options, *find_checked(options))
 
 
-def find_checked(options: PairOptions) -> tuple[Resolved, MemoryPlan]:
-    """`find_pair` after a look at the backend; tells the user the plan and what else there is to say."""
+def check_backend(options: PairOptions) -> None:
+    """Refuse a backend nobody knows, or that this version does not drive."""
     if options.backend not in BACKENDS:
         if options.backend in ("cuda", "rocm", "metal"):
             raise NotReady(
@@ -102,10 +104,17 @@ def find_checked(options: PairOptions) -> tuple[Resolved, MemoryPlan]:
                 hint="--backend auto (llama.cpp uses the GPU it was built for)",
             )
         raise BadInput(f"unknown backend {options.backend!r}: one of {', '.join(BACKENDS)}")
+
+
+def find_checked(
+    options: PairOptions, *, report: Report | None = None, say: Callable[[str], None] | None = None
+) -> tuple[Resolved, MemoryPlan]:
+    """`find_pair` after a look at the backend; tells the user (`say`, or stderr) the plan and what else there is to say."""
+    check_backend(options)
     go_offline(options.offline)
-    found, plan = find_pair(options)
+    found, plan = find_pair(options, report=report)
     for line in (plan.line(), *found.notes, *cautions_about(found, options)):
-        typer.secho(line, dim=True, err=True)
+        (say or note)(line)
     return found, plan
 
 
@@ -116,7 +125,12 @@ def load(options: PairOptions, found: Resolved, plan: MemoryPlan) -> Session:
     return Session.open(loading(options, found, plan))
 
 
-def loading(options: PairOptions, found: Resolved, plan: MemoryPlan) -> OpenOptions:
+def note(text: str) -> None:
+    """Something worth knowing that is not the answer."""
+    typer.secho(text, dim=True, err=True)
+
+
+def loading(options: PairOptions, found: Resolved, plan: MemoryPlan, say: Callable[[str], None] = note) -> OpenOptions:
     """The engine's words for what was found and planned."""
     from dspark_cli.engine.session import OpenOptions
 
@@ -131,7 +145,7 @@ def loading(options: PairOptions, found: Resolved, plan: MemoryPlan) -> OpenOpti
         gpu_layers=plan.gpu_layers,
         kv_type=options.kv_type,
         flash_attn=options.flash_attn,
-        notice=lambda text: typer.secho(text, dim=True, err=True),
+        notice=say,
     )
 
 
@@ -170,11 +184,21 @@ def wish(
     )
 
 
-def find_pair(options: PairOptions, *, download: bool = True) -> tuple[Resolved, MemoryPlan]:
+def find_pair(
+    options: PairOptions, *, download: bool = True, report: Report | None = None
+) -> tuple[Resolved, MemoryPlan]:
     """Files of the pair, downloaded where they are missing (`download`), and their memory plan.
 
     Raises NotReady with the numbers when it does not fit, before anything is loaded.
     """
+    found, plan = find_planned(options, download=download, report=report)
+    return found, plan.or_refuse(found.name)
+
+
+def find_planned(
+    options: PairOptions, *, download: bool = True, report: Report | None = None
+) -> tuple[Resolved, MemoryPlan]:
+    """`find_pair` for a plan that need not fit. report: hears of downloads, instead of bars on stderr."""
     from dspark_cli.cli.progress import make_report
     from dspark_cli.registry.devices import this_machine
     from dspark_cli.registry.obtain import obtain
@@ -191,16 +215,18 @@ def find_pair(options: PairOptions, *, download: bool = True) -> tuple[Resolved,
     machine = this_machine()
     if options.backend == "cpu" or options.gpu_layers == 0:
         machine = replace(machine, accelerators=())
-    if download:
-        with make_report() as report:
-            found = obtain(options.model, wanted, machine, report)
+    if download and report is not None:
+        found = obtain(options.model, wanted, machine, report)
+    elif download:
+        with make_report() as bars:
+            found = obtain(options.model, wanted, machine, bars)
     else:
         found = resolve(options.model, wanted.quant, wanted, machine)
     check_drafter(options.drafter)
     own = Path(options.drafter).expanduser()
     plan = plan_for(found, machine, wanted.options, own if own.exists() and is_path(options.drafter) else None)
     check_card(found)
-    return found, plan.or_refuse(found.name)
+    return found, plan
 
 
 def check_card(found: Resolved) -> None:

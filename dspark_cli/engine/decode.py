@@ -84,6 +84,7 @@ class Engine:
 
     margins: also report, per committed token, the gap between the first and second logit (greedy only).
     clock:   seconds, from any start
+    on_prefill: is told, before each pass over a prompt, the tokens of it that are computed and all; may raise to stop
     """
 
     target: Target
@@ -91,6 +92,7 @@ class Engine:
     schedule: Schedule = field(default_factory=Off)
     margins: bool = False
     clock: Callable[[], float] = time.perf_counter
+    on_prefill: Callable[[int, int], None] = lambda done, total: None
     _cached: dict[int, list[int]] = field(default_factory=dict)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Round]:
@@ -123,6 +125,10 @@ class Engine:
             # Interrupted inside a pass: caches of target and drafter may disagree, so nothing of them is reused.
             self._cached.clear()
             raise
+
+    def forget(self) -> None:
+        """Reuse nothing of the caches: somebody else wrote to them."""
+        self._cached.clear()
 
     # -- one draft-verify cycle ----------------------------------------------------------------------------------
 
@@ -228,6 +234,7 @@ class Engine:
         self._cached[seq] = prompt[:cached]
         output: RowOutput | None = None
         for begin in range(cached, len(prompt), PREFILL_CHUNK):
+            self.on_prefill(begin, len(prompt))
             chunk = prompt[begin : begin + PREFILL_CHUNK]
             last = begin + len(chunk) == len(prompt)
             output = self.target.step([Row(seq, chunk, n_logits=1 if last else 0)])[0]
