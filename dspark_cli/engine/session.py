@@ -171,12 +171,14 @@ class Session:
         """Decode one request; `plain` without drafting. What the cache already has of the prompt is not computed again."""
         return self.run_all([request], plain=plain, margins=margins)
 
-    def run_all(self, requests: Iterable[Request], *, plain: bool = False, margins: bool = False) -> Iterator[Round]:
-        """Decode many requests, as many at once as the session has sequences."""
+    def run_all(
+        self, requests: Iterable[Request], *, plain: bool = False, margins: bool = False, isolate: bool = False
+    ) -> Iterator[Round]:
+        """Decode many requests, as many at once as the session has sequences; `isolate`: see Engine.run."""
         engine = self._engine
         engine.schedule = Off() if plain else self.schedule
         engine.margins = margins
-        return engine.run(requests)
+        return engine.run(requests, isolate=isolate)
 
     def check(self, request: Request) -> CheckReport:
         """Decode `request` twice, with and without drafting, and compare token by token."""
