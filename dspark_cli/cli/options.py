@@ -81,6 +81,9 @@ class PairOptions:
     offline: bool
     thinking: bool | None = None
     chat: bool = True
+    parallel: int | None = 1  # sequences at once; None = as many as pay and fit, up to `most`
+    most: int = 16
+    quiet: bool = False
 
 
 def open_session(options: PairOptions) -> Session:
@@ -105,7 +108,7 @@ def find_checked(options: PairOptions) -> tuple[Resolved, MemoryPlan]:
     go_offline(options.offline)
     found, plan = find_pair(options)
     for line in (plan.line(), *found.notes, *cautions_about(found, options)):
-        typer.secho(line, dim=True, err=True)
+        tell(options, line)
     return found, plan
 
 
@@ -127,12 +130,19 @@ def loading(options: PairOptions, found: Resolved, plan: MemoryPlan) -> OpenOpti
         drafter_path=found.drafter_path,
         policy=options.policy,
         ctx=plan.ctx if options.ctx is None else options.ctx,
+        n_seq=plan.n_seq,
         threads=options.threads,
         gpu_layers=plan.gpu_layers,
         kv_type=options.kv_type,
         flash_attn=options.flash_attn,
-        notice=lambda text: typer.secho(text, dim=True, err=True),
+        notice=lambda text: tell(options, text),
     )
+
+
+def tell(options: PairOptions, text: str) -> None:
+    """A line the user may want to know, on stderr."""
+    if not options.quiet:
+        typer.secho(text, dim=True, err=True)
 
 
 def go_offline(offline: bool) -> None:
@@ -178,6 +188,7 @@ def find_pair(options: PairOptions, *, download: bool = True) -> tuple[Resolved,
     from dspark_cli.cli.progress import make_report
     from dspark_cli.registry.devices import this_machine
     from dspark_cli.registry.obtain import obtain
+    from dspark_cli.registry.parallel import plan_parallel
     from dspark_cli.registry.resolve import plan_for, resolve
 
     wanted = wish(
@@ -198,7 +209,11 @@ def find_pair(options: PairOptions, *, download: bool = True) -> tuple[Resolved,
         found = resolve(options.model, wanted.quant, wanted, machine)
     check_drafter(options.drafter)
     own = Path(options.drafter).expanduser()
-    plan = plan_for(found, machine, wanted.options, own if own.exists() and is_path(options.drafter) else None)
+    drafter = own if own.exists() and is_path(options.drafter) else None
+    if options.parallel == 1:
+        plan = plan_for(found, machine, wanted.options, drafter)
+    else:
+        plan = plan_parallel(found, machine, wanted.options, drafter, n_seq=options.parallel, most=options.most)
     check_card(found)
     return found, plan.or_refuse(found.name)
 

@@ -6,7 +6,7 @@ Everything that generates (chat, generate, batch, bench, the terminal UI) reads 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
@@ -102,11 +102,11 @@ class Engine:
             for r, proposal, draft, output in zip(decoding, proposals, drafts, outputs, strict=False)
         ]
         times, prompt_ms = clock.split(prompt_tokens / sum(len(row.tokens) for row in rows))
-        rounds = [replace(round_, times=times, shared=len(decoding)) for round_, _ in cycles]
+        rounds = [replace(item, times=times, shared=len(decoding), beside=prompt_tokens) for item, _ in cycles]
         if decoding:
             # A pass with prompts in it says nothing about what verifying costs.
             schedule.observe([outcome for _, outcome in cycles], replace(times, verify=0.0) if chunks else times)
-            rounds = [replace(round_, parked=schedule.parked) for round_ in rounds]
+            rounds = [replace(item, parked=schedule.parked) for item in rounds]
         for (r, chunk), output in zip(chunks, outputs[len(decoding) :], strict=True):
             rounds += self._fill(r, chunk, output, prompt_ms * len(chunk) / prompt_tokens)
         self._slots.join(target, self.drafter, running)

@@ -88,6 +88,7 @@ class Round:
     parked:      why speculation is parked; None while speculating
     finish:      why the request ended, in its last round
     shared:      requests that decoded in the same pass
+    beside:      prompt tokens of others that were computed in the same pass
     cached:      (prefill only) prompt tokens found in the cache, not computed again
     margins:     logit of the first minus that of the second choice, per committed token, when asked for; None if sampled
     error:       why the request cannot be served (`finish` is then "error" and nothing was produced)
@@ -105,6 +106,7 @@ class Round:
     parked: str | None = None
     finish: FinishReason | None = None
     shared: int = 1
+    beside: int = 0
     prefill_tokens: int | None = None
     cached: int = 0
     margins: tuple[float, ...] | None = None

@@ -1,4 +1,4 @@
-"""What each sequence's cache holds, and where a new prompt is best continued: nothing that two prompts share is computed twice."""
+"""What each sequence's cache holds, and where a new prompt is best continued: what two prompts share is computed once."""
 
 from __future__ import annotations
 
