@@ -253,6 +253,7 @@ class _Lock:
         from filelock import Timeout
 
         try:
+            self.path.open("ab").close()  # a place that cannot be written looks like a lock that is taken
             self._lock.acquire(timeout=0)
         except Timeout:
             raise DsparkError(

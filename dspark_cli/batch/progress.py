@@ -11,6 +11,8 @@ from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.rounds import Round, Times
 from dspark_cli.engine.stats import Stats
 
+ENOUGH = 200  # rounds before speed is set against plain decoding
+
 
 @dataclass
 class Figures:
@@ -34,6 +36,7 @@ class Figures:
     clock: Callable[[], float] = time.perf_counter
     native_ms: float = 0.0
     began: float = field(init=False)
+    _counted: int = 0
     _plain_ms: float = 0.0
     _spent_ms: float = 0.0
     _last: tuple[Times | None, float] = (None, 0.0)
@@ -53,6 +56,7 @@ class Figures:
             return
         if item.times is not self._last[0]:  # all rounds of one pass cost the same
             self._last = (item.times, self.costs.plain_ms(item.shared, depth))
+        self._counted += 1
         self._plain_ms += self._last[1] / item.shared * len(item.tokens)
         self._spent_ms += item.times.total / item.shared
 
@@ -67,8 +71,11 @@ class Figures:
 
     @property
     def against_plain(self) -> float | None:
-        """Decoding speed over what plain decoding of as many sequences would reach, by the measured costs; an estimate."""
-        return self._plain_ms / self._spent_ms if self._spent_ms else None
+        """Decoding speed over what plain decoding of as many sequences would reach, by the measured costs: an estimate.
+
+        None until enough rounds were seen for it to mean something.
+        """
+        return self._plain_ms / self._spent_ms if self._counted >= ENOUGH and self._spent_ms else None
 
     @property
     def finished(self) -> int:

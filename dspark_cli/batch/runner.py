@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_cli.backends.errors import DsparkError
-from dspark_cli.batch.earlier import Known
+from dspark_cli.batch.earlier import Known, take_up
 from dspark_cli.batch.inputs import ReadOptions, read_items
 from dspark_cli.batch.items import Item, PromptOptions, request_of
 from dspark_cli.batch.journal import Entry, Journal
@@ -40,6 +40,34 @@ def settings_of(model: Path, reading: ReadOptions, prompting: PromptOptions) -> 
     """Hash of all that an answer depends on beside its item. Drafter, policy and neighbours change no answer."""
     said = {"model": model.name, "bytes": model.stat().st_size, **vars(reading), **prompting.as_dict()}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_job(
+    job: Job,
+    open_session: Callable[[], Session],
+    figures: Figures,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    tick: Callable[[], None] = lambda: None,
+    retry_errors: bool = False,
+) -> bool:
+    """Do what is missing of `job`; returns whether every item has an answer. The model is loaded only if it is needed.
+
+    say: is told, in a line, what the user should know;  tick: is called after every round
+    Raises DsparkError when results cannot be kept, for a foreign or locked output, and for --fail-fast.
+    """
+    with Journal(job.output.journal) as journal:
+        done = take_up(journal, job.known, job.settings, say, retry_errors=retry_errors)
+        figures.skipped = len(done)
+        if done:
+            say(f"{len(done)} of {len(job.known)} items are done already")
+        run = Run(job, journal, done, figures, tick)
+        if len(done) < len(job.known):
+            with open_session() as session:
+                figures.start(session.costs if session.policy == "auto" else None)
+                run.work(session)
+        run.finish()
+        return not any(entry.failed for entry in done.values())
 
 
 @dataclass

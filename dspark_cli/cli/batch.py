@@ -89,13 +89,12 @@ def batch(
         seed=seed,
         accept=accept,
     )
-    from dspark_cli.batch.earlier import scan, take_up
+    from dspark_cli.batch.earlier import scan
     from dspark_cli.batch.inputs import ReadOptions, find_files, read_items
     from dspark_cli.batch.items import PromptOptions
-    from dspark_cli.batch.journal import Journal
     from dspark_cli.batch.output import Output
     from dspark_cli.batch.progress import Figures
-    from dspark_cli.batch.runner import Job, Run, settings_of
+    from dspark_cli.batch.runner import Job, run_job, settings_of
     from dspark_cli.batch.template import PromptTemplate
 
     say = _nothing if quiet else _say
@@ -116,26 +115,24 @@ def batch(
         most=len(known),
         quiet=quiet,
     )
-    with Journal(where.journal) as journal:
-        found, plan = o.find_checked(pair)
-        job = Job(files, known, reading, prompting, where, settings_of(found.path, reading, prompting), fail_fast)
-        done = take_up(journal, known, job.settings, say, retry_errors=retry_errors)
-        figures = Figures(len(known), skipped=len(done), parallel=plan.n_seq)
-        if done:
-            say(f"{len(done)} of {len(known)} items are done already")
-        run = Run(job, journal, done, figures, _ticker(figures, quiet))
-        try:
-            if len(done) < len(known):
-                with o.load(pair, found, plan) as session:
-                    figures.start(session.costs if session.policy == "auto" else None)
-                    run.work(session)
-            run.finish()
-        except KeyboardInterrupt:
-            say(f"\ninterrupted: {figures.finished} of {len(known)} items are in {journal.path}; --resume goes on")
-            raise
-        finally:
-            _summary(figures, job, quiet=quiet, as_json=json)
-    if any(entry.failed for entry in done.values()):
+    found, plan = o.find_checked(pair)
+    job = Job(files, known, reading, prompting, where, settings_of(found.path, reading, prompting), fail_fast)
+    figures = Figures(len(known), parallel=plan.n_seq)
+    try:
+        whole = run_job(
+            job,
+            lambda: o.load(pair, found, plan),
+            figures,
+            say=say,
+            tick=_ticker(figures, quiet),
+            retry_errors=retry_errors,
+        )
+    except KeyboardInterrupt:
+        say(f"\ninterrupted: {figures.finished} of {len(known)} items are in {where.journal}; --resume goes on")
+        raise
+    finally:
+        _summary(figures, job, quiet=quiet, as_json=json)
+    if not whole:
         raise typer.Exit(1)
 
 
