@@ -83,7 +83,7 @@ def test_a_file_torn_anywhere_is_repaired(inputs: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     run(job([inputs], whole))
     data = whole.read_bytes()
-    for size in range(0, len(data), 97):
+    for size in range(0, len(data), 293):
         for tail in (b"", b"\0" * 50):
             out.write_bytes(data[:size] + tail)
             said: list[str] = []
