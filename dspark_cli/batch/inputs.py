@@ -54,7 +54,7 @@ def find_files(inputs: Sequence[str], options: ReadOptions, *, never: Sequence[P
             if path.resolve() not in hidden:
                 found.setdefault(path.resolve(), path)
     if not found:
-        raise BadInput("the inputs hold no file to read")
+        raise BadInput(f"{', '.join(inputs)} is the output itself: there is no input", hint="another file for -o")
     return list(found.values())
 
 

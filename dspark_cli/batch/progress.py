@@ -84,8 +84,7 @@ class Figures:
     @property
     def left_s(self) -> float | None:
         """Seconds until the end, if the rest goes as this run went."""
-        mine = self.done + self.failed
-        return self.seconds / mine * (self.total - self.finished) if mine else None
+        return self.seconds / self.done * (self.total - self.finished) if self.done else None
 
     def line(self) -> str:
         """The state in one line."""

@@ -131,7 +131,8 @@ def batch(
         say(f"\ninterrupted: {figures.finished} of {len(known)} items are in {where.journal}; --resume goes on")
         raise
     finally:
-        _summary(figures, job, quiet=quiet, as_json=json)
+        if figures.finished:
+            _summary(figures, job, quiet=quiet, as_json=json)
     if not whole:
         raise typer.Exit(1)
 
