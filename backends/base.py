@@ -128,15 +128,6 @@ class Target(ABC):
     #: milliseconds spent inside native passes so far: what is not in here is overhead of ours
     native_ms: float = 0.0
 
-    @property
-    def steady_rows(self) -> tuple[int, int]:
-        """Fewest and most tokens of a pass that gives a sequence the same logits, to the bit, whatever else is in it.
-
-        Several sequences keep to it, so that an answer does not depend on its neighbours. By default passes differ in
-        nothing, or in what cannot be helped: then near-ties may swap.
-        """
-        return 1, self.max_rows
-
     @abstractmethod
     def render_chat(self, messages: Sequence[dict[str, str]], *, thinking: bool | None = None) -> str:
         """The prompt text for `messages` (`role`, `content`), ready for the assistant's answer.

@@ -60,16 +60,6 @@ class LlamaCppTarget(Target):
             },
         )
 
-    @property
-    def steady_rows(self) -> tuple[int, int]:
-        """On a CPU, flash attention of 2 to 63 rows goes over the cache token by token, and skips other sequences' tokens.
-
-        One row is split by cache cells, 64 and more are computed in tiles of cells: sums then depend on where a sequence
-        lies in the cache, and quantized activations make much of the last bit (tests/batch/test_steady.py).
-        """
-        steady = self.info.device == "cpu" and self.info.details["flash_attn"] != "off" and self.info.n_seq > 1
-        return (2, min(63, self.max_rows)) if steady else (1, self.max_rows)
-
     def render_chat(self, messages: Sequence[dict[str, str]], *, thinking: bool | None = None) -> str:
         return self.template.render(messages, thinking=thinking)
 

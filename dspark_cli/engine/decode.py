@@ -32,7 +32,7 @@ from dspark_cli.engine.slots import Slots
 
 PREFILL_CHUNK = 512  # prompt tokens per pass: bounds feature buffers, and Ctrl-C answers between chunks
 #: prompt tokens in a pass that others decode in, by device: enough to use the machine, few enough that nobody stalls
-BESIDE = {"cpu": 32}
+BESIDE = {"cpu": 64}
 BESIDE_GPU = 256  # never measured
 
 
@@ -87,14 +87,14 @@ class Engine:
         chunks = self._chunks(running, beside=len(decoding))
         prompt_tokens = sum(len(chunk) for _, chunk in chunks)
 
-        proposals = self._propose(decoding, self._most_rows - prompt_tokens)
+        proposals = self._propose(decoding, target.max_rows - prompt_tokens)
         clock.lap("draft")
         lengths = schedule.choose(proposals) if decoding else []
         drafts = [draft.prefix(n) for draft, n in zip(proposals, lengths, strict=True)]
 
         rows = [Row(r.seq, [r.anchor, *d.tokens.tolist()]) for r, d in zip(decoding, drafts, strict=True)]
         rows += [Row(r.seq, chunk, int(r.filled + len(chunk) == len(r.prompt))) for r, chunk in chunks]
-        outputs = self._step(rows)
+        outputs = target.step(rows)
         clock.lap("verify")
 
         cycles = [
@@ -111,25 +111,6 @@ class Engine:
             rounds += self._fill(r, chunk, output, prompt_ms * len(chunk) / prompt_tokens)
         self._slots.join(target, self.drafter, running)
         return rounds
-
-    @property
-    def _most_rows(self) -> int:
-        """Tokens of a pass at most."""
-        return self.target.steady_rows[1] if self.target.info.n_seq > 1 else self.target.max_rows
-
-    def _step(self, rows: list[Row]) -> list[RowOutput]:
-        """The target's pass, filled up where it would be too small for logits that do not depend on the neighbours."""
-        target = self.target
-        missing = target.steady_rows[0] - sum(len(row.tokens) for row in rows)
-        idle = next((s for s in range(target.info.n_seq) if s != rows[0].seq), None)
-        if missing <= 0 or idle is None:
-            return target.step(rows)
-        length = min(target.length(idle), target.info.n_ctx - missing)
-        target.rewind(idle, length)
-        outputs = target.step([*rows, Row(idle, [rows[0].tokens[0]] * missing, 0)])
-        target.rewind(idle, length)
-        self._slots.tokens[idle] = self._slots.tokens.get(idle, [])[:length]
-        return outputs[: len(rows)]
 
     def _commit(
         self, r: Running, proposal: Draft, draft: Draft, output: RowOutput, clock: PassClock
@@ -226,9 +207,9 @@ class Engine:
 
     def _chunks(self, running: list[Running], beside: int) -> list[tuple[Running, list[int]]]:
         """Prompt tokens to compute in this pass, first come first served; `beside`: requests that decode in it."""
-        left = min(PREFILL_CHUNK, self._most_rows)
+        left = min(PREFILL_CHUNK, self.target.max_rows)
         if beside:
-            left = max(1, min(BESIDE.get(self.target.info.device, BESIDE_GPU), self._most_rows - beside))
+            left = max(1, min(BESIDE.get(self.target.info.device, BESIDE_GPU), self.target.max_rows - 2 * beside))
         chunks = []
         for r in running:
             chunk = r.prompt[r.filled : r.filled + left] if r.leader is None and left > 0 else []
