@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 from dspark_cli.backends.errors import BadInput, DsparkError
@@ -199,20 +200,20 @@ def _is_foreign(data: bytes) -> bool:
 
 
 class _Sync:
-    """Calls fsync in a thread whenever something was written since the last call."""
+    """Calls fsync in a thread whenever something was written since the last call.
+
+    A SimpleQueue, as its `put` cannot be left half done by Ctrl-C: a Condition's lock could, and the end would wait for ever.
+    """
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
-        self._changed = threading.Condition()
-        self._dirty = self._closing = False
+        self._written: SimpleQueue[bool] = SimpleQueue()  # False: this was the last
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._work, name="dspark-sync", daemon=True)
         self._thread.start()
 
     def wanted(self) -> None:
-        with self._changed:
-            self._dirty = True
-            self._changed.notify()
+        self._written.put(True)
 
     def check(self) -> None:
         """Raises the OSError of an earlier sync."""
@@ -221,18 +222,15 @@ class _Sync:
 
     def close(self) -> None:
         """Wait for the last sync."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+        self._written.put(False)
         self._thread.join()
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._dirty or self._closing)
-                if not self._dirty:
-                    return
-                self._dirty = False
+        more = True
+        while more:
+            more = self._written.get()
+            while more and not self._written.empty():  # one sync for all that was written meanwhile
+                more = self._written.get()
             try:
                 os.fsync(self._handle)
             except OSError as error:

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dspark_cli.batch.runner import BATCH_NEAR_TIE
+from dspark_cli.bench.formats import requantize
 from dspark_cli.engine.rounds import SamplingOptions
-from dspark_cli.engine.session import NEAR_TIE, OpenOptions, Session, first_difference
+from dspark_cli.engine.session import OpenOptions, Session, first_difference
 from measure_kills import compare, kill_often, results, write_items
 from prompts import PROMPTS
 
@@ -42,14 +45,13 @@ def test_a_batch_from_the_outside(tmp_path: Path, embedded_gguf: Path) -> None:
     assert b"out.jsonl is there already" in again.stderr
 
 
-def test_texts_are_those_of_one_at_a_time(embedded_gguf: Path) -> None:
-    """Greedy: equal up to near-ties. Lookup drafts for eight sequences at once, prompts come in beside them."""
-    with Session.open(
-        OpenOptions(embedded_gguf, "smollm2-135m", drafter="lookup", policy="fixed:3", n_seq=8, ctx=512)
-    ) as s:
+def test_texts_are_those_of_one_at_a_time(embedded_gguf: Path, tmp_path: Path) -> None:
+    """Greedy, F16: equal up to near-ties. Lookup drafts for four sequences at once, prompts come in beside them."""
+    path = requantize(embedded_gguf, "F16", tmp_path)
+    with Session.open(OpenOptions(path, "smollm2-135m", drafter="lookup", policy="fixed:3", n_seq=4, ctx=512)) as s:
+        chosen = [*PROMPTS[:4], *PROMPTS[-4:]]
         made = [
-            s.chat_request([{"role": "user", "content": p}], max_tokens=32, sampling=SamplingOptions())
-            for p in PROMPTS[::2]
+            s.chat_request([{"role": "user", "content": p}], max_tokens=24, sampling=SamplingOptions()) for p in chosen
         ]
         alone, margins = [], []
         for request in made:
@@ -57,20 +59,20 @@ def test_texts_are_those_of_one_at_a_time(embedded_gguf: Path) -> None:
             alone.append([t for r in rounds for t in r.tokens])
             margins.append([m for r in rounds for m in r.margins or ()])
         batch: dict[int, list[int]] = {}
-        rounds = list(s.run_all([type(r)(**{**vars(r), "id": i}) for i, r in enumerate(made)]))
+        rounds = list(s.run_all([replace(request, id=i) for i, request in enumerate(made)]))
         for item in rounds:
             batch.setdefault(item.request, []).extend(item.tokens)
-    assert sum(r.accepted for r in rounds) > 5, "nothing was drafted: the test says nothing"
-    assert max(r.shared for r in rounds) == 8
+    assert sum(r.accepted for r in rounds) > 3, "nothing was drafted: the test says nothing"
+    assert max(r.shared for r in rounds) == 4
     found = {i: first_difference(batch[i], expected) for i, expected in enumerate(alone)}
     ties = {i: margins[i][at] for i, at in found.items() if at is not None}
-    assert all(margin < NEAR_TIE for margin in ties.values()), ties
-    assert len(ties) <= len(made) // 3, ties
+    assert all(margin < BATCH_NEAR_TIE["F16"] for margin in ties.values()), ties
+    assert len(ties) <= 2, ties
 
 
-def test_a_prefix_of_a_thousand_tokens_is_computed_once(embedded_gguf: Path) -> None:
+def test_a_long_system_prompt_is_computed_once(embedded_gguf: Path) -> None:
     with Session.open(OpenOptions(embedded_gguf, "smollm2-135m", n_seq=4, ctx=2048, policy="off")) as session:
-        table = " ".join(f"Train {i} leaves at {i % 24}:{i % 60:02}." for i in range(85))
+        table = " ".join(f"Train {i} leaves at {i % 24}:{i % 60:02}." for i in range(60))
         system = f"You are a clerk who knows the timetable. {table}"
         made = [
             session.chat_request(
@@ -78,14 +80,14 @@ def test_a_prefix_of_a_thousand_tokens_is_computed_once(embedded_gguf: Path) -> 
                 max_tokens=4,
                 sampling=SamplingOptions(),
             )
-            for i in range(6)
+            for i in range(4)
         ]
         sizes = [len(r.prompt) for r in made]
         rounds = list(session.run_all(made))
-    assert min(sizes) > 1000
+    assert min(sizes) > 700
     computed = sum(r.prefill_tokens or 0 for r in rounds)
     assert computed + sum(r.cached for r in rounds) == sum(sizes)
-    assert computed < max(sizes) + 6 * 25
+    assert computed < max(sizes) + 4 * 25
 
 
 def test_kills_of_the_real_thing(tmp_path: Path, embedded_gguf: Path) -> None:
