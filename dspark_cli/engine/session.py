@@ -12,7 +12,6 @@ from typing import Self
 from dspark_cli.backends.base import BadInput, Drafter, PairMismatch, Target
 from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.llamacpp.context import ContextOptions
-from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
 from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE, Model, tokens_agree
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.backends.lookup import LookupDrafter
@@ -23,6 +22,7 @@ from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.profile import Place, costs_of
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
+from dspark_cli.engine.runners import open_block_drafter
 from dspark_cli.engine.schedule import Off, Schedule, parse_policy
 from dspark_cli.engine.stats import ids_sha256
 from dspark_cli.engine.words import DEFAULT_POLICY, DRAFTER_WORDS
@@ -40,6 +40,7 @@ class OpenOptions:
     drafter_path: the model drafter that belongs to the target, where one is known
     policy:       see `schedule.parse_policy`; None takes the default
     ctx:          positions per sequence; None = what the model was trained on, at most 4096
+    drafter_backend: who runs a block drafter: auto, llamacpp or torch (runners.py)
     notice:       is told, in one line, what the user may want to know
     """
 
@@ -54,6 +55,7 @@ class OpenOptions:
     gpu_layers: int | None = None
     kv_type: str = "f16"
     flash_attn: str = "auto"
+    drafter_backend: str = "auto"
     notice: Callable[[str], None] = lambda text: None
 
     @property
@@ -249,10 +251,12 @@ def open_drafter(options: OpenOptions, target: LlamaCppTarget) -> Drafter | None
 
 
 def _open_model_drafter(path: Path, options: OpenOptions, target: LlamaCppTarget) -> Drafter:
+    if path.is_dir():
+        return open_block_drafter(path, target, options.context(), options.drafter_backend)
     probe = Model(path, vocab_only=True)
     try:
         if probe.architecture == DRAFTER_ARCHITECTURE:
-            return LlamaCppDrafter(path, target, options.context())
+            return open_block_drafter(path, target, options.context(), options.drafter_backend)
         agree, difference = tokens_agree(target.model, probe)
     finally:
         probe.close()

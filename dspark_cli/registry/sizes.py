@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,14 @@ def _checkpoint_drafter(folder: Path, target: TargetSize) -> DrafterSize:
         block_size=int(raw.get("block_size") or raw.get("ttt_length") or 8),
         features=len(layers) * target.n_embd,
     )
+
+
+def through_torch(drafter: DrafterSize, folder: Path, target: TargetSize) -> DrafterSize:
+    """A checkpoint that torch runs on the CPU beside a GGUF target: in float32 at most, with the target's two tables."""
+    raw = _config(folder)
+    stored = 4 if str(raw.get("dtype") or raw.get("torch_dtype") or "float32").endswith("float32") else 2
+    tables = 2 * 4 * target.n_vocab * target.n_embd
+    return replace(drafter, weights=drafter.weights * 4 // stored + tables)
 
 
 def _weight_bytes(folder: Path) -> int:
