@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from dspark_cli.engine.answer import Answer
-from dspark_cli.engine.stats import ids_sha256
+from dspark_cli.engine.answer import Answer, as_json
 
 if TYPE_CHECKING:
-    from dspark_cli.engine.rounds import Request, Round
+    from dspark_cli.engine.rounds import Round
     from dspark_cli.engine.session import Session
     from dspark_cli.engine.watch import Watch
+
+__all__ = ["Answer", "as_json", "end_line", "print_stats", "stream"]
 
 
 def stream(rounds: Iterator[Round], answer: Answer, *, echo: bool = True, watch: Watch | None = None) -> None:
@@ -45,24 +46,6 @@ def end_line() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         pass
-
-
-def as_json(session: Session, request: Request, answer: Answer) -> dict[str, Any]:
-    """One generation with the keys of the documented schema."""
-    info = session.target.info
-    return {
-        "model": info.name,
-        "drafter": session.drafter.name if session.drafter else None,
-        "backend": info.backend,
-        "format": info.format,
-        "policy": session.policy,
-        "temperature": request.sampling.temperature,
-        "seed": request.sampling.seed,
-        "text": answer.text,
-        "ids_sha256": ids_sha256(answer.tokens),
-        "finish_reason": answer.finish or "interrupted",
-        **answer.stats.as_dict(),
-    }
 
 
 def print_stats(session: Session, answer: Answer) -> None:

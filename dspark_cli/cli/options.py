@@ -83,6 +83,9 @@ class PairOptions:
     offline: bool
     thinking: bool | None = None
     chat: bool = True
+    parallel: int | None = 1  # sequences at once; None = as many as pay and fit, up to `most`
+    most: int = 16
+    quiet: bool = False
 
 
 def open_session(options: PairOptions) -> Session:
@@ -114,7 +117,7 @@ def find_checked(
     go_offline(options.offline)
     found, plan = find_pair(options, report=report)
     for line in (plan.line(), *found.notes, *cautions_about(found, options)):
-        (say or note)(line)
+        (say or (lambda text: tell(options, text)))(line)
     return found, plan
 
 
@@ -130,7 +133,9 @@ def note(text: str) -> None:
     typer.secho(text, dim=True, err=True)
 
 
-def loading(options: PairOptions, found: Resolved, plan: MemoryPlan, say: Callable[[str], None] = note) -> OpenOptions:
+def loading(
+    options: PairOptions, found: Resolved, plan: MemoryPlan, say: Callable[[str], None] | None = None
+) -> OpenOptions:
     """The engine's words for what was found and planned."""
     from dspark_cli.engine.session import OpenOptions
 
@@ -141,12 +146,19 @@ def loading(options: PairOptions, found: Resolved, plan: MemoryPlan, say: Callab
         drafter_path=found.drafter_path,
         policy=options.policy,
         ctx=plan.ctx if options.ctx is None else options.ctx,
+        n_seq=plan.n_seq,
         threads=options.threads,
         gpu_layers=plan.gpu_layers,
         kv_type=options.kv_type,
         flash_attn=options.flash_attn,
-        notice=say,
+        notice=say or (lambda text: tell(options, text)),
     )
+
+
+def tell(options: PairOptions, text: str) -> None:
+    """A line the user may want to know, on stderr."""
+    if not options.quiet:
+        note(text)
 
 
 def go_offline(offline: bool) -> None:
@@ -202,6 +214,7 @@ def find_planned(
     from dspark_cli.cli.progress import make_report
     from dspark_cli.registry.devices import this_machine
     from dspark_cli.registry.obtain import obtain
+    from dspark_cli.registry.parallel import plan_parallel
     from dspark_cli.registry.resolve import plan_for, resolve
 
     wanted = wish(
@@ -224,7 +237,11 @@ def find_planned(
         found = resolve(options.model, wanted.quant, wanted, machine)
     check_drafter(options.drafter)
     own = Path(options.drafter).expanduser()
-    plan = plan_for(found, machine, wanted.options, own if own.exists() and is_path(options.drafter) else None)
+    drafter = own if own.exists() and is_path(options.drafter) else None
+    if options.parallel == 1:
+        plan = plan_for(found, machine, wanted.options, drafter)
+    else:
+        plan = plan_parallel(found, machine, wanted.options, drafter, n_seq=options.parallel, most=options.most)
     check_card(found)
     return found, plan
 

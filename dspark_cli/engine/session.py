@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
@@ -176,18 +176,28 @@ class Session:
     ) -> Request:
         """A request that answers the last of `messages` (`role`, `content`) through the model's chat template."""
         text = self.target.render_chat(messages, thinking=thinking)
-        return self._request(self.target.tokenizer.encode(text, special=True, bos=True), max_tokens, sampling, stop)
+        return self.prompt_request(text, chat=True, max_tokens=max_tokens, sampling=sampling, stop=stop)
 
     def text_request(
         self, text: str, *, max_tokens: int | None, sampling: SamplingOptions, stop: tuple[str, ...] = ()
     ) -> Request:
         """A request that continues `text` as it is, without a template."""
-        return self._request(self.target.tokenizer.encode(text, bos=True), max_tokens, sampling, stop)
+        return self.prompt_request(text, chat=False, max_tokens=max_tokens, sampling=sampling, stop=stop)
 
-    def _request(
-        self, ids: list[int], max_tokens: int | None, sampling: SamplingOptions, stop: tuple[str, ...]
+    def prompt_request(
+        self, text: str, *, chat: bool, max_tokens: int | None, sampling: SamplingOptions, stop: tuple[str, ...] = ()
     ) -> Request:
-        return Request(ids, max_tokens, sampling, self.target.tokenizer.eog_ids, stop)
+        """A request for a prompt's text; `chat`: a template made it, so its markers are control tokens."""
+        tokenizer = self.target.tokenizer
+        ids = tokenizer.encode(text, special=chat, bos=True)
+        return Request(ids, max_tokens, sampling, tokenizer.eog_ids, stop)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token: a text of n bytes has at least n / longest_token tokens."""
+        tokenizer = self.target.tokenizer
+        # 32: control tokens have no bytes of their own, but are written out in a template's text.
+        return max(32, *(len(tokenizer.token_bytes(token)) for token in range(tokenizer.n_vocab)))
 
     def on_prefill(self, told: Callable[[int, int], None]) -> None:
         """Before each pass over a prompt, `told` hears the tokens computed and those of the prompt; it may raise to stop."""
@@ -197,12 +207,14 @@ class Session:
         """Decode one request; `plain` without drafting. What the cache already has of the prompt is not computed again."""
         return self.run_all([request], plain=plain, margins=margins)
 
-    def run_all(self, requests: Iterable[Request], *, plain: bool = False, margins: bool = False) -> Iterator[Round]:
-        """Decode many requests, as many at once as the session has sequences."""
+    def run_all(
+        self, requests: Iterable[Request], *, plain: bool = False, margins: bool = False, isolate: bool = False
+    ) -> Iterator[Round]:
+        """Decode many requests, as many at once as the session has sequences; `isolate`: see Engine.run."""
         engine = self._engine
         engine.schedule = Off() if plain else self.schedule
         engine.margins = margins
-        return engine.run(requests)
+        return engine.run(requests, isolate=isolate)
 
     def check(self, request: Request) -> CheckReport:
         """Decode `request` twice, with and without drafting, and compare token by token."""
