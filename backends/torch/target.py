@@ -77,7 +77,7 @@ def open_target(folder: str | Path, options: TorchOptions | None = None, *, name
     facts = pick(options.device, detect())
     dtype = options.dtype or dtype_for(found.dtype, facts, found.model_type)
     with failures(f"{found.path.name} in {dtype}", found.n_bytes(dtype), facts):
-        model = _load(found.path, getattr(torch, dtype), torch.device(facts.torch_name))
+        model = load_model(found.path, getattr(torch, dtype), torch.device(facts.torch_name))
     network = Network(model, found.path.name)
     tokenizer = open_tokenizer(found.path, len(network.head), _eos(model))
     return TorchTarget(
@@ -346,7 +346,7 @@ def _split(rows: Sequence[Row], places: Sequence[int], columns: Sequence[int], o
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
-def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The model with every weight from `folder`. Raises BadCheckpoint for weights that are missing or misshapen."""
     from transformers.utils import logging
 
