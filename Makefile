@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # dspark uses libllama only: leaving out the multimodal tools shortens the build (4 instead of 8 minutes on two cores).
-export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF $(NO_AMX)
+# GCC 12 tells its optimiser of 8 of the 64 bytes that `ldtilecfg` reads, so ggml's AMX kernels fault on Intel's newer CPUs.
+NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The CPU build is what tests need; users choose theirs with the extra "torch".
 TORCH ?= torch==2.13.0
