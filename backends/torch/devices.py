@@ -150,7 +150,7 @@ def dtype_for(stored: str, facts: Facts, family: str = "") -> str:
 
 
 def capture_for(wanted: str, facts: Facts) -> str:
-    """"graph", "compile" or "off" for the switch `wanted`. Raises BadInput where that cannot be."""
+    """ "graph", "compile" or "off" for the switch `wanted`. Raises BadInput where that cannot be."""
     if wanted not in CAPTURES:
         raise BadInput(f"unknown capture {wanted!r}: one of {', '.join(CAPTURES)}")
     possible = KINDS[facts.kind].capture

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark_cli.backends.base import DsparkError, NotReady
+from dspark_cli.backends.base import BadInput, NotReady
 from dspark_cli.backends.torch.checkpoint import weight_files
 from dspark_cli.backends.torch.config import BadCheckpoint
+from dspark_cli.backends.torch.dialects import DEEPSPEC_CLASSES, ZLAB_CLASSES
 
 #: safetensors' words for the dtypes that can be computed in -> torch's
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -40,8 +41,10 @@ class Folder:
 
 def check_folder(path: Path) -> Folder:
     """The checkpoint in `path`. Raises DsparkError for what cannot or must not be loaded."""
-    config = _read_config(path)
+    config = read_config_file(path)
     model_type = str(config.get("model_type") or "")
+    if is_drafter(config):
+        raise BadInput(f"{path} is a drafter, not a model that can answer", hint="--drafter FOLDER")
     _check_code(path, config, model_type)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unknown method")
@@ -53,13 +56,15 @@ def check_folder(path: Path) -> Folder:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise BadCheckpoint(
-            f"{path} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing[:3])}", hint="download it again"
+            f"{path} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing[:3])}",
+            hint="download it again",
         )
     sizes = _sizes(files)
     return Folder(path, config, model_type, DTYPES[sizes.most_common(1)[0][0]], sum(sizes.values()))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder. Raises BadCheckpoint."""
     file = path / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -70,6 +75,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise BadCheckpoint(f"{file} is not a JSON object")
     return config
+
+
+def is_drafter(config: dict[str, Any]) -> bool:
+    """Whether a checkpoint reads features of a target (DSpark, DFlash, Eagle3) and is no model of its own."""
+    classes = {*DEEPSPEC_CLASSES, *ZLAB_CLASSES}
+    return "speculators_model_type" in config or bool(classes & set(config.get("architectures") or ()))
 
 
 def _check_code(path: Path, config: dict[str, Any], model_type: str) -> None:
@@ -87,7 +98,8 @@ def _check_code(path: Path, config: dict[str, Any], model_type: str) -> None:
         )
     kind = repr(model_type) if model_type else "no model_type"
     raise NotReady(
-        f"transformers {__version__} has no language model for {path} ({kind})", hint="pip install --upgrade transformers"
+        f"transformers {__version__} has no language model for {path} ({kind})",
+        hint="pip install --upgrade transformers",
     )
 
 

@@ -149,5 +149,7 @@ def _decoder_layers(model: Any, n_layer: int, name: str) -> Sequence[nn.Module]:
         return layers
     found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layer]
     if len(found) != 1:
-        raise DsparkError(f"the decoder layers of {name} ({type(model).__name__}) cannot be told from its other modules")
+        raise DsparkError(
+            f"the decoder layers of {name} ({type(model).__name__}) cannot be told from its other modules"
+        )
     return found[0]

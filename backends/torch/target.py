@@ -19,7 +19,17 @@ import torch
 import transformers
 from torch import Tensor
 
-from dspark_cli.backends.base import BadInput, ContextFull, DsparkError, PairMismatch, Row, RowOutput, Target, TargetInfo
+from dspark_cli.backends.base import (
+    BadInput,
+    ContextFull,
+    DsparkError,
+    NotReady,
+    PairMismatch,
+    Row,
+    RowOutput,
+    Target,
+    TargetInfo,
+)
 from dspark_cli.backends.machine import usable_cores
 from dspark_cli.backends.torch import attention
 from dspark_cli.backends.torch.cache import KeyValues, Place
@@ -132,7 +142,9 @@ class TorchTarget(Target):
             details={"threads": threads, "kv_type": dtype, "capture": how, "chip": facts.name},
         )
         self.cache = self._make_cache(options.n_seq, facts)
-        self._recorder = None if how == "off" else Recorder(network, self.cache, options.n_seq, recorder_for(how, self.device))
+        self._recorder = (
+            None if how == "off" else Recorder(network, self.cache, options.n_seq, recorder_for(how, self.device))
+        )
         self._check_cache()
 
     @torch.inference_mode()
@@ -220,14 +232,13 @@ class TorchTarget(Target):
         tokens = sum(len(row.tokens) for row in rows)
         self._release()
         if tokens <= 1:
-            raise out_of_memory(f"a pass of one token of {self.info.name}", 0, pick(self._kind, detect()).free)
+            raise NotReady(
+                f"out of memory on {self.info.device}: not even one token of {self.info.name} can be computed",
+                hint="a smaller --ctx, or close what else uses the device",
+            )
         self.max_rows = max(1, tokens // 2)
         self._notice(f"out of memory in a pass of {tokens} tokens: passes of at most {self.max_rows} from now on")
         return self._in_parts(rows)
-
-    @property
-    def _kind(self) -> str:
-        return {"mps": "metal"}.get(self.device.type, "auto" if self.device.type == "cuda" else self.device.type)
 
     def _release(self) -> None:
         """Give back what allocators and recordings hold."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_cli.backends.base import DsparkError, Tokenizer
+from dspark_cli.backends.pairing import PADDING
 from dspark_cli.backends.torch.config import BadCheckpoint
 
 SPACE = "▁"  # SentencePiece writes a space so
@@ -50,6 +51,14 @@ class HfTokenizer(Tokenizer):
         clean = text.encode("utf-8", errors="replace").decode("utf-8")  # a lone surrogate has no bytes
         ids = self.inner(clean, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
         return [self.bos_id, *ids] if bos and self.adds_bos and self.bos_id is not None else list(ids)
+
+    def difference(self, other: HfTokenizer) -> str:
+        """What the two vocabularies differ in; "" when every id that both have is the same token."""
+        if abs(self.n_vocab - other.n_vocab) > PADDING:
+            return f"vocabulary of {self.n_vocab} tokens, the target has {other.n_vocab}"
+        mine, theirs = ({i: text for text, i in t.inner.get_vocab().items()} for t in (self, other))
+        apart = sorted(i for i in mine.keys() & theirs.keys() if mine[i] != theirs[i])
+        return f"token {apart[0]} is {mine[apart[0]]!r}, in the target {theirs[apart[0]]!r}" if apart else ""
 
     def token_bytes(self, token: int) -> bytes:
         cached = self._bytes.get(token)
@@ -103,9 +112,7 @@ def _sentencepiece(text: str) -> bytes:
     return text.replace(SPACE, " ").encode()
 
 
-def render_chat(
-    tokenizer: HfTokenizer, messages: Sequence[dict[str, str]], thinking: bool | None, name: str
-) -> str:
+def render_chat(tokenizer: HfTokenizer, messages: Sequence[dict[str, str]], thinking: bool | None, name: str) -> str:
     """Prompt text through the checkpoint's template (transformers runs it in a sandbox), without a BOS added twice."""
     from jinja2 import TemplateError
 

@@ -20,6 +20,7 @@ from dspark_cli.engine.auto import AutoSchedule
 from dspark_cli.engine.beliefs import load_beliefs
 from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.decode import Engine
+from dspark_cli.engine.opening import drafter_beside_torch, open_target
 from dspark_cli.engine.profile import Place, costs_of
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.schedule import Off, Schedule, parse_policy
@@ -35,10 +36,12 @@ NEAR_TIE = 0.2
 class OpenOptions:
     """What to load and how.
 
-    drafter:      auto | dspark | dflash | eagle3 | small | lookup | none | PATH of a GGUF
+    model:        a GGUF file (llama.cpp) or a checkpoint folder (torch)
+    drafter:      auto | dspark | dflash | eagle3 | small | lookup | none | PATH of a GGUF or a checkpoint folder
     drafter_path: the model drafter that belongs to the target, where one is known
     policy:       see `schedule.parse_policy`; None takes the default
     ctx:          positions per sequence; None = what the model was trained on, at most 4096
+    device:       where a checkpoint folder goes: auto, or a kind with or without a number (cuda:1); GGUF: see gpu_layers
     notice:       is told, in one line, what the user may want to know
     """
 
@@ -53,6 +56,7 @@ class OpenOptions:
     gpu_layers: int | None = None
     kv_type: str = "f16"
     flash_attn: str = "auto"
+    device: str = "auto"
     notice: Callable[[str], None] = lambda text: None
 
     @property
@@ -118,7 +122,7 @@ class Session:
                 raise BadInput(f"--policy {options.policy} needs a drafter, and --drafter none asks for no drafter")
             schedule = Off()
         with ExitStack() as stack:
-            target = stack.enter_context(LlamaCppTarget(options.model, options.context(), name=options.name))
+            target = stack.enter_context(open_target(options))
             drafter = None if isinstance(schedule, Off) else open_drafter(options, target)
             if drafter is not None:
                 if drafter.has_pass:
@@ -217,7 +221,7 @@ def first_difference(first: list[int], second: list[int]) -> int | None:
     )
 
 
-def open_drafter(options: OpenOptions, target: LlamaCppTarget) -> Drafter | None:
+def open_drafter(options: OpenOptions, target: Target) -> Drafter | None:
     """The drafter that `options.drafter` asks for. `auto`: the target's own model drafter if there is one, else lookup."""
     word = options.drafter
     if word == "lookup" or (word == "auto" and options.drafter_path is None):
@@ -229,13 +233,15 @@ def open_drafter(options: OpenOptions, target: LlamaCppTarget) -> Drafter | None
     path = options.drafter_path if word in DRAFTER_WORDS else Path(word)
     assert path is not None
     drafter = _open_model_drafter(path, options, target)
-    if word in ("dspark", "dflash", "small") and drafter.kind != word:
+    if word in ("dspark", "dflash", "eagle3", "small") and drafter.kind != word:
         drafter.close()
         raise BadInput(f"{path.name} is a {drafter.kind} drafter, not {word}", hint=f"--drafter {drafter.kind}")
     return drafter
 
 
-def _open_model_drafter(path: Path, options: OpenOptions, target: LlamaCppTarget) -> Drafter:
+def _open_model_drafter(path: Path, options: OpenOptions, target: Target) -> Drafter:
+    if not isinstance(target, LlamaCppTarget):
+        return drafter_beside_torch(path, options, target)
     probe = Model(path, vocab_only=True)
     try:
         if probe.architecture == DRAFTER_ARCHITECTURE:
