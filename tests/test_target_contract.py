@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from dspark_cli.backends.base import (  # noqa: E402
+from dspark_cli.backends.base import (
     BadInput,
     ContextFull,
     Drafter,
@@ -20,17 +20,17 @@ from dspark_cli.backends.base import (  # noqa: E402
     Row,
     Target,
 )
-from dspark_cli.backends.combined import CombinedDrafter  # noqa: E402
-from dspark_cli.backends.llamacpp.context import ContextOptions  # noqa: E402
-from dspark_cli.backends.llamacpp.target import LlamaCppTarget  # noqa: E402
-from dspark_cli.backends.lookup import LookupDrafter  # noqa: E402
-from dspark_cli.backends.standalone import StandaloneDrafter  # noqa: E402
-from dspark_cli.backends.torch.target import TorchOptions, open_target  # noqa: E402
-from dspark_cli.engine.decode import Engine  # noqa: E402
-from dspark_cli.engine.rounds import Request, SamplingOptions  # noqa: E402
-from dspark_cli.engine.schedule import Off, parse_policy  # noqa: E402
-from dspark_cli.engine.text import TextStream  # noqa: E402
-from tiny import END, HIDDEN, N_LAYER, N_VOCAB, tiny_checkpoint, tiny_gguf  # noqa: E402
+from dspark_cli.backends.combined import CombinedDrafter
+from dspark_cli.backends.llamacpp.context import ContextOptions
+from dspark_cli.backends.llamacpp.target import LlamaCppTarget
+from dspark_cli.backends.lookup import LookupDrafter
+from dspark_cli.backends.standalone import StandaloneDrafter
+from dspark_cli.backends.torch.target import TorchOptions, open_target
+from dspark_cli.engine.decode import Engine
+from dspark_cli.engine.rounds import Request, SamplingOptions
+from dspark_cli.engine.schedule import Off, parse_policy
+from dspark_cli.engine.text import TextStream
+from tiny import END, HIDDEN, N_LAYER, N_VOCAB, tiny_checkpoint, tiny_gguf
 
 BACKENDS = ("torch", "torch recorded", "llamacpp")
 # float32 throughout; passes of other widths sum in another order. Logits are about 1 to 10.

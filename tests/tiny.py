@@ -96,7 +96,9 @@ def tiny_model(config: Any = None, seed: int = 0) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                parameter.copy_(1 + 0.1 * torch.randn_like(parameter) if "norm" in name else torch.randn_like(parameter))
+                parameter.copy_(
+                    1 + 0.1 * torch.randn_like(parameter) if "norm" in name else torch.randn_like(parameter)
+                )
             else:
                 parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
     return model.eval()

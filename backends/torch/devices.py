@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,8 +76,7 @@ ANY = ("auto", "torch")
 
 def detect(torch: Any = None) -> list[Facts]:
     """Every device torch can use, accelerators first, the freest first among them; the CPU is last."""
-    if torch is None:
-        import torch
+    torch = torch or importlib.import_module("torch")
     found = [*_cuda_or_rocm(torch), *_metal(torch)]
     return [*sorted(found, key=lambda facts: -facts.free), _cpu(torch)]
 

@@ -16,6 +16,8 @@ from dspark_cli.backends.torch.dialects import DEEPSPEC_CLASSES, ZLAB_CLASSES
 
 #: safetensors' words for the dtypes that can be computed in -> torch's
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+#: bytes of a safetensors table that are read at most
+LONGEST_TABLE = 100 << 20
 #: dtypes that may lie beside the weights (counters, masks, maps)
 BESIDE = {"I64", "I32", "BOOL", "U8"}
 
@@ -131,7 +133,7 @@ def _header(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            table = json.loads(stream.read(length)) if length < 1 << 30 else None
+            table: dict[str, Any] = json.loads(stream.read(min(length, LONGEST_TABLE)))
         end = max((entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"), default=0)
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, IndexError) as error:
         raise BadCheckpoint(f"{file} cannot be read: {error}", hint="download it again") from None
@@ -139,7 +141,7 @@ def _header(file: Path) -> dict[str, Any]:
         raise BadCheckpoint(
             f"{file} has {file.stat().st_size} bytes, its table needs {8 + length + end}", hint="download it again"
         )
-    return dict(table)
+    return table
 
 
 def out_of_memory(what: str, needed: int, free: int) -> NotReady:

@@ -52,14 +52,6 @@ class HfTokenizer(Tokenizer):
         ids = self.inner(clean, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
         return [self.bos_id, *ids] if bos and self.adds_bos and self.bos_id is not None else list(ids)
 
-    def difference(self, other: HfTokenizer) -> str:
-        """What the two vocabularies differ in; "" when every id that both have is the same token."""
-        if abs(self.n_vocab - other.n_vocab) > PADDING:
-            return f"vocabulary of {self.n_vocab} tokens, the target has {other.n_vocab}"
-        mine, theirs = ({i: text for text, i in t.inner.get_vocab().items()} for t in (self, other))
-        apart = sorted(i for i in mine.keys() & theirs.keys() if mine[i] != theirs[i])
-        return f"token {apart[0]} is {mine[apart[0]]!r}, in the target {theirs[apart[0]]!r}" if apart else ""
-
     def token_bytes(self, token: int) -> bytes:
         cached = self._bytes.get(token)
         if cached is None:
@@ -80,6 +72,19 @@ class HfTokenizer(Tokenizer):
         """Whether tokens are written in GPT-2's alphabet of bytes (else with SentencePiece's marks)."""
         described = json.loads(self.inner.backend_tokenizer.to_str())
         return any(step["type"] == "ByteLevel" for step in _steps(described.get("decoder")))
+
+
+def difference_between(mine: Tokenizer, other: Tokenizer) -> str:
+    """What two vocabularies differ in; "" when every id that both have is the same token."""
+    if abs(mine.n_vocab - other.n_vocab) > PADDING:
+        return f"vocabulary of {mine.n_vocab} tokens, the target has {other.n_vocab}"
+    for token in range(min(mine.n_vocab, other.n_vocab)):
+        here, there = mine.token_bytes(token), other.token_bytes(token)
+        if here != there:
+            return f"token {token} is {here!r}, in the target {there!r}"
+    if mine.eog_ids != other.eog_ids:
+        return f"its answers end with tokens {sorted(mine.eog_ids)}, the target's with {sorted(other.eog_ids)}"
+    return ""
 
 
 def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -68,6 +68,7 @@ def drafter_beside_torch(path: Path, options: OpenOptions, target: Target) -> Dr
     from dspark_cli.backends.torch.folder import is_drafter, read_config_file
     from dspark_cli.backends.torch.target import TorchTarget
     from dspark_cli.backends.torch.target import open_target as open_folder
+    from dspark_cli.backends.torch.tokenizer import difference_between
 
     assert isinstance(target, TorchTarget)
     if not path.is_dir():
@@ -89,7 +90,7 @@ def drafter_beside_torch(path: Path, options: OpenOptions, target: Target) -> Dr
     from dspark_cli.backends.standalone import StandaloneDrafter
 
     small = open_folder(path, _torch_options(options))
-    difference = small.tokenizer.difference(target.tokenizer)
+    difference = difference_between(small.tokenizer, target.tokenizer)
     if difference:
         small.close()
         raise PairMismatch(
