@@ -72,21 +72,21 @@ EAGLE = replace(
 
 
 def tiny_config(**changes: Any) -> Any:
-    return transformers.LlamaConfig(
-        vocab_size=N_VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=N_LAYER,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=N_CTX,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=END,
-        pad_token_id=None,
-        **changes,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": N_VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": N_LAYER,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": N_CTX,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": END,
+        "pad_token_id": None,
+    }
+    return transformers.LlamaConfig(**settings | changes)
 
 
 def tiny_model(config: Any = None, seed: int = 0) -> Any:
