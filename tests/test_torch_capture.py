@@ -61,7 +61,7 @@ def make_target(family: str, dtype: torch.dtype = torch.float64, **changes: int)
     target = TorchTarget(
         network, FakeTokenizer(N_VOCAB), lambda messages, thinking: "", facts, options, name=family, path=""
     )
-    target.request_features((-1, 0, 1))
+    target.request_features((-1, 0))
     return target
 
 
@@ -136,7 +136,7 @@ def test_what_is_kept_of_a_pass_may_change() -> None:
         np.testing.assert_allclose(features[0], features[1], atol=ATOL)
     finally:
         for target in (eager, recorded):
-            target.request_features((-1, 0, 1))
+            target.request_features((-1, 0))
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ def test_what_is_kept_of_a_pass_may_change() -> None:
 def test_compiled_passes_agree_with_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    eager, recorded = (make_target("llama", torch.float32, num_hidden_layers=2) for _ in range(2))
+    eager, recorded = (make_target("llama", torch.float32, num_hidden_layers=1) for _ in range(2))
     runs = []
 
     def record(run: Callable) -> Callable:
