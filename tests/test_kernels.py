@@ -29,7 +29,16 @@ HERE = Path(__file__).parent
 def test_triton_kernels_equal_their_references_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-o",
+            "addopts=",
+            "-p",
+            "no:cacheprovider",
+            str(HERE / "triton_interpreted.py"),
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -68,7 +77,7 @@ COMPILED = {
         {"BLOCK": 2048, "CHUNK": 128, "SAMPLED": True, "GREEDY": 1e-5, "TINY": 1e-8},
     ),
 }
-CHIPS = {"cuda": [("cuda", 80, 32), ("cuda", 90, 32)], "rocm": [("hip", "gfx942", 64), ("hip", "gfx1100", 32)]}
+CHIPS = {"cuda": [("cuda", 80, 32)], "rocm": [("hip", "gfx942", 64)]}
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def test_markov_step_at_real_widths(width: int, monkeypatch: pytest.MonkeyPatch)
     from dspark_cli.kernels import markov_step_triton
 
     monkeypatch.setattr(markov_step_triton, "BLOCK", 2048)  # the interpreter pays by the program
-    check_step(step(2, width, 8))
+    check_step(step(2, width, 4))
 
 
 def test_markov_step_in_bfloat16() -> None:
@@ -104,13 +104,13 @@ def check_verify(case: Judged) -> None:
 @pytest.mark.parametrize(("n", "k", "width"), [(1, 1, 2), (5, 3, 7), (4, 5, 2049), (2, 7, 5000), (3, 0, 50)])
 @pytest.mark.parametrize("sampled", [True, False])
 def test_verify_draft_at_odd_sizes(n: int, k: int, width: int, sampled: bool) -> None:
-    for seed in range(3):
+    for seed in range(3 if width < 2000 else 1):
         check_verify(judged(n, k, width, sampled=sampled, seed=seed))
 
 
 @pytest.mark.parametrize("width", [151_936, 262_144])
 def test_verify_draft_at_real_widths(width: int) -> None:
-    case = judged(2, 2, width, sampled=True, near=0.95)
+    case = judged(1, 2, width, sampled=True, near=0.95)
     case.uniform[:, 0] = 0.0  # the first draft is kept where it has any mass
     check_verify(case)
 

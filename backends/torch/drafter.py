@@ -152,7 +152,8 @@ class DSparkDrafter(TorchDrafter):
         anchors = self._ids([request.anchor for request in requests])
         hidden = self.model.drafting_rows(self._block([request.seq for request in requests], anchors))
         picker = Picker.wanted(requests, self.vocabulary)
-        tokens, confidence = self.model.chain(hidden, anchors, length, picker or self.vocabulary.best)
+        best = None if self.vocabulary.complete else self.vocabulary.best
+        tokens, confidence = self.model.chain(hidden, anchors, length, picker or best)
         return self._drafts(requests, tokens, confidence, picker)
 
     def _block(self, seqs: list[int], anchors: Tensor) -> Tensor:

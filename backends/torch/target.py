@@ -36,10 +36,11 @@ from dspark_cli.backends.torch.cache import KeyValues, Place
 from dspark_cli.backends.torch.capture import Recorder, keys_bucket, padded, recorder_for, width_bucket
 from dspark_cli.backends.torch.checkpoint import TargetTables
 from dspark_cli.backends.torch.config import BadCheckpoint
-from dspark_cli.backends.torch.devices import Facts, capture_for, detect, dtype_for, pick
+from dspark_cli.backends.torch.devices import Facts, capture_for, detect, dtype_for, pick, uses_triton
 from dspark_cli.backends.torch.folder import check_folder, out_of_memory
 from dspark_cli.backends.torch.network import Network
 from dspark_cli.backends.torch.tokenizer import open_tokenizer, render_chat
+from dspark_cli.kernels import dispatch
 
 DEFAULT_CTX = 4096
 #: tokens of one pass at most
@@ -85,6 +86,7 @@ def open_target(folder: str | Path, options: TorchOptions | None = None, *, name
     options = options or TorchOptions()
     found = check_folder(Path(folder))
     facts = pick(options.device, detect())
+    dispatch.use("triton" if uses_triton(facts, dispatch.installed) else "reference")
     dtype = options.dtype or dtype_for(found.dtype, facts, found.model_type)
     with failures(f"{found.path.name} in {dtype}", found.n_bytes(dtype), facts):
         model = load_model(found.path, getattr(torch, dtype), torch.device(facts.torch_name))
