@@ -165,3 +165,9 @@ def uses_triton(facts: Facts, installed: Callable[[], bool]) -> bool:
     """Whether kernels run through Triton: where the kind has it and the package is there (CUDA: from compute 7.0)."""
     able = KINDS[facts.kind].triton and (facts.kind != "cuda" or facts.capability >= (7, 0))
     return able and installed()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch says it in several ways (CUDA and ROCm by type, Metal and CPUs by words)."""
+    said = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in said)

@@ -36,7 +36,15 @@ from dspark_cli.backends.torch.cache import KeyValues, Place
 from dspark_cli.backends.torch.capture import Recorder, keys_bucket, padded, recorder_for, width_bucket
 from dspark_cli.backends.torch.checkpoint import TargetTables
 from dspark_cli.backends.torch.config import BadCheckpoint
-from dspark_cli.backends.torch.devices import Facts, capture_for, detect, dtype_for, pick, uses_triton
+from dspark_cli.backends.torch.devices import (
+    Facts,
+    capture_for,
+    detect,
+    dtype_for,
+    is_out_of_memory,
+    pick,
+    uses_triton,
+)
 from dspark_cli.backends.torch.folder import check_folder, out_of_memory
 from dspark_cli.backends.torch.network import Network
 from dspark_cli.backends.torch.tokenizer import open_tokenizer, render_chat
@@ -143,11 +151,13 @@ class TorchTarget(Target):
             n_seq=options.n_seq,
             details={"threads": threads, "kv_type": dtype, "capture": how, "chip": facts.name},
         )
-        self.cache = self._make_cache(options.n_seq, facts)
+        with unfit(name):
+            self.cache = self._make_cache(options.n_seq, facts)
         self._recorder = (
             None if how == "off" else Recorder(network, self.cache, options.n_seq, recorder_for(how, self.device))
         )
-        self._check_cache()
+        with unfit(name):
+            self._check_cache()
 
     @torch.inference_mode()
     def _make_cache(self, n_seq: int, facts: Facts) -> KeyValues:
@@ -257,11 +267,12 @@ class TorchTarget(Target):
 
     def _row_in_parts(self, row: Row) -> RowOutput:
         wanted = len(row.tokens) if row.n_logits is None else row.n_logits
-        parts = []
-        for begin in range(0, len(row.tokens), self.max_rows):
-            piece = list(row.tokens[begin : begin + self.max_rows])
-            after = len(row.tokens) - begin - len(piece)
-            parts += self.step([Row(row.seq, piece, max(0, min(len(piece), wanted - after)))])
+        parts, done = [], 0
+        while done < len(row.tokens):
+            piece = list(row.tokens[done : done + self.max_rows])  # which may shrink from one piece to the next
+            done += len(piece)
+            kept = max(0, min(len(piece), wanted - (len(row.tokens) - done)))
+            parts += self.step([Row(row.seq, piece, kept)])
         join = [part.features for part in parts if part.features is not None]
         states = [part.hidden for part in parts if part.hidden is not None]
         return RowOutput(
@@ -374,10 +385,13 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadCheckpoint(f"{folder} cannot be loaded: {reason}") from None
+    for name, found, needed in sorted(loaded["mismatched_keys"], key=str):
+        raise BadCheckpoint(f"{folder}: {name} has shape {tuple(found)}, config.json says {tuple(needed)}")
     missing = sorted(map(str, loaded["missing_keys"]))
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -394,12 +408,6 @@ def _eos(model: Any) -> list[int]:
     return found
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch says it in several ways."""
-    said = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
-
-
 @contextmanager
 def failures(what: str, needed: int, facts: Facts) -> Iterator[None]:
     """Turn a failed allocation into NotReady with the numbers."""
@@ -409,6 +417,18 @@ def failures(what: str, needed: int, facts: Facts) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(what, needed, facts.free) from None
+
+
+@contextmanager
+def unfit(name: str) -> Iterator[None]:
+    """Turn whatever the first passes raise into one sentence: this model does not work as the backend expects."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadCheckpoint(f"{name} cannot be run by the torch backend: {reason}", hint="a GGUF of it") from error
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def drafter_beside_torch(path: Path, options: OpenOptions, target: Target) -> Dr
         )
     info = target.info
     if is_drafter(read_config_file(path)):
-        return open_drafter(
+        drafter = open_drafter(
             path,
             n_vocab=info.n_vocab,
             n_embd=info.n_embd,
@@ -87,6 +87,8 @@ def drafter_beside_torch(path: Path, options: OpenOptions, target: Target) -> Dr
             dtype=getattr(torch, str(info.details["kv_type"])),
             device=info.device,
         )
+        drafter.notice = options.notice
+        return drafter
     from dspark_cli.backends.standalone import StandaloneDrafter
 
     small = open_folder(path, _torch_options(options))
