@@ -106,5 +106,5 @@ def test_what_is_not_translated_is_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(DsparkError, match=r"architecture 'mamba'.*'llama'"):
+    with pytest.raises(DsparkError, match=r"architecture 'mamba'"):
         open_gguf(tmp_path / "other.gguf")

@@ -19,9 +19,7 @@ import numpy.typing as npt
 from dspark_cli.backends.base import BadInput, DsparkError, FloatArray, PairMismatch
 from dspark_cli.backends.gguf_file import check_file
 from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE
-
-#: what a matrix may be stored as (name -> number in general.file_type): the formats that gguf writes without libllama
-QUANTS = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q5_1": 9, "Q5_0": 8, "Q4_1": 3, "Q4_0": 2}
+from dspark_cli.backends.llamacpp.quants import QUANTS
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,8 @@ _CONFIDENCE_TENSORS: dict[str, tuple[str, str]] = {
 }
 _VOCABULARY_TENSORS: dict[str, tuple[str, str]] = {"lm_head.weight": ("output.weight", "v d"), "d2t": ("d2t", "v")}
 
+_PER_TOKEN = ("markov_w1.weight", "markov_w2.weight", "output.weight")
+
 #: in checkpoints, but not in the file: copies of the target's, or derived
 _LEFT_OUT = ("embed_tokens.weight", "lm_head.weight", "t2d", "rotary_emb.inv_freq")
 
@@ -93,19 +93,23 @@ def write_drafter_gguf(
     target_gguf: str | Path,
     *,
     quant: str = "F16",
+    vocabulary_quant: str | None = None,
 ) -> Path:
     """Write the drafter of `spec` to `path`, whole or not at all; returns the path.
 
     tensors: arrays under their DeepSpec names (no "model." in front); `d2t` int64 [draft_vocab]: absolute target ids.
     target_gguf: the target it was trained for; vocabulary, tokenizer and context length are copied from there.
     quant: how 2-D weights are stored; norms and the confidence head stay F32.
+    vocabulary_quant: the same for matrices with a row per token (head, Markov), where most of a small drafter's bytes are.
 
     Raises DsparkError for tensors that are missing, unknown or of the wrong shape, PairMismatch for another target.
     """
     import gguf
 
-    if quant not in QUANTS:
-        raise BadInput(f"unknown format {quant!r}: one of {', '.join(QUANTS)}")
+    vocabulary_quant = vocabulary_quant or quant
+    for word in (quant, vocabulary_quant):
+        if word not in QUANTS:
+            raise BadInput(f"unknown format {word!r}: one of {', '.join(QUANTS)}")
     check_file(Path(target_gguf))
     target = _metadata(Path(target_gguf), Path(target_gguf).stat().st_mtime_ns)
     n_vocab = _check_target(spec, target, Path(target_gguf).name)
@@ -117,7 +121,7 @@ def write_drafter_gguf(
         writer = gguf.GGUFWriter(temporary, DRAFTER_ARCHITECTURE)
         _write_metadata(writer, spec, target, n_vocab, quant)
         for name, data in ready.items():
-            _write_tensor(writer, name, data, quant)
+            _write_tensor(writer, name, data, vocabulary_quant if name in _PER_TOKEN else quant)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -201,6 +205,11 @@ def _collect(tensors: Mapping[str, npt.NDArray[Any]], spec: DrafterSpec, n_vocab
     if "d2t" in ready:
         _check_d2t(ready["d2t"], n_vocab)
     return ready
+
+
+def gguf_names(spec: DrafterSpec) -> dict[str, str]:
+    """DeepSpec name -> GGUF name of every tensor that `spec` asks for."""
+    return {ours: theirs for ours, (theirs, _) in _table(spec).items()}
 
 
 def _table(spec: DrafterSpec) -> dict[str, tuple[str, str]]:

@@ -16,6 +16,20 @@ from dspark_cli.backends.torch.layers import Attend
 
 
 @dataclass(frozen=True)
+class TrainingOutput:
+    """What a `training_forward` gives for A blocks of N documents.
+
+    logits:     [N, A, B, W]  teacher forced, with the sequential head's bias if there is one
+    confidence: [N, A, B]     logits; None without a confidence head
+    hidden:     [N, A, B, d]  DSpark: after the final norm; Eagle3: before it
+    """
+
+    logits: Tensor
+    confidence: Tensor | None
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
 class Labels:
     """What the drafts of A blocks are judged by.
 
@@ -132,3 +146,29 @@ def _shared_context_attend(
         return out.permute(0, 2, 4, 1, 3, 5).reshape(n, anchors * rows, heads * dim)
 
     return attend
+
+
+class ChainAttend:
+    """Eagle3's attention in training: step k of each of A chains sees the pairs before the chain and its own steps 0..k.
+
+    keys, values [N, S, K, D] of the true pairs; first int64 [N, A]: the pair at which each chain begins.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, first: Tensor, scale: float) -> None:
+        self._keys, self._values, self._scale = keys, values, scale
+        self._mask = torch.arange(keys.shape[1], device=keys.device) < first.unsqueeze(-1)  # [N, A, S]
+        self._own: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """One step: queries [N, A, H, D], keys and values [N, A, K, D] -> [N, A, H*D]."""
+        self._own.append((keys, values))
+        own_keys, own_values = (torch.stack(parts, dim=2) for parts in zip(*self._own, strict=True))  # N A k K D
+        grouped = queries.unflatten(2, (keys.shape[2], -1)) * self._scale  # N A K g D
+        context = torch.einsum("nakgd,nskd->nakgs", grouped, self._keys)
+        context = context.masked_fill(~self._mask[:, :, None, None], float("-inf"))
+        own = torch.einsum("nakgd,nackd->nakgc", grouped, own_keys)
+        weights = torch.cat([context, own], dim=-1).softmax(dim=-1).to(own_values.dtype)
+        on_context, on_own = weights.split([context.shape[-1], own.shape[-1]], dim=-1)
+        out = torch.einsum("nakgs,nskd->nakgd", on_context, self._values)
+        out = out + torch.einsum("nakgc,nackd->nakgd", on_own, own_values)
+        return out.flatten(2)

@@ -56,8 +56,24 @@ def load_drafter(
     weights = _drop_ignored(read_weights(folder))
     if "d2t" in weights and config.reduced:
         weights["d2t"] = absolute_ids(weights["d2t"], config)
+    return assemble(config, weights, folder, tables=tables, dtype=dtype, device=device, untrained=untrained)
+
+
+def assemble(
+    config: DrafterConfig,
+    weights: dict[str, Tensor],
+    source: Path,
+    *,
+    tables: TargetTables | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    untrained: bool = False,
+) -> DSpark | Eagle3:
+    """A drafter from its weights (`d2t` as absolute ids), checked, ready for inference; `source` is named in errors."""
+    with torch.device("meta"):
+        model = build(config)
     _borrow(weights, config, tables)
-    _check_keys(weights, model, folder)
+    _check_keys(weights, model, source)
     _check_values(weights, model, untrained)
     model.load_state_dict(weights, assign=True)
     _materialise_rotary(model)

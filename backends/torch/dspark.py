@@ -11,12 +11,16 @@ the features, d = hidden size, V / W = target / draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dspark_cli.backends.torch.anchors import block_positions, previous_tokens, training_attends
+from dspark_cli.backends.torch.anchors import (
+    TrainingOutput,
+    block_positions,
+    previous_tokens,
+    training_attends,
+)
 from dspark_cli.backends.torch.config import DrafterConfig
 from dspark_cli.backends.torch.heads import ConfidenceHead, make_head
 from dspark_cli.backends.torch.layers import (
@@ -32,20 +36,6 @@ from dspark_cli.kernels.markov_step import markov_step
 
 #: position in the block, corrected logits [N, W] -> chosen tokens int64 [N], as target ids
 Pick = Callable[[int, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class TrainingOutput:
-    """What `DSpark.training_forward` gives for A blocks of N documents.
-
-    logits:     [N, A, B, W]  teacher forced, with the sequential head's bias
-    confidence: [N, A, B]     logits; None without a confidence head
-    hidden:     [N, A, B, d]  after the final norm
-    """
-
-    logits: Tensor
-    confidence: Tensor | None
-    hidden: Tensor
 
 
 class DSpark(nn.Module):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dspark_cli.backends.torch.anchors import ChainAttend, TrainingOutput
 from dspark_cli.backends.torch.config import BadCheckpoint, DrafterConfig
 from dspark_cli.backends.torch.layers import (
     Attend,
@@ -89,3 +90,28 @@ class Eagle3(nn.Module):
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """Draft-vocabulary ids as target ids."""
         return draft_ids if self.d2t is None else self.d2t[draft_ids]
+
+    def training_forward(
+        self, features: Tensor, input_ids: Tensor, anchor_positions: Tensor, *, rows: int | None = None
+    ) -> TrainingOutput:
+        """Teacher-forced logits of chains that start at A anchors a document, each step from the step before.
+
+        features [N, S, m*d], input_ids [N, S], anchor_positions [N, A] (at least 1); rows: steps, the configured ones by
+        default. A chain sees the true pairs before its own first one, and itself.
+        """
+        steps = rows or self.config.block_size
+        fused = self.fuse(features)
+        following = input_ids.roll(-1, dims=1)  # the last pair of a document has no token yet, and no chain reads it
+        keys, values = self.keys_values(following, fused, self.rotary.span(0, fused.shape[1]))
+        first = anchor_positions - 1  # pair i holds token i + 1: the anchor's own pair
+        attend = ChainAttend(keys, values, first, self.layer.self_attn.scale)
+        batch = torch.arange(len(fused), device=fused.device).unsqueeze(1)
+        hidden, states = fused[batch, first], []
+        last = input_ids.shape[1] - 1
+        for k in range(steps):
+            ids = input_ids.gather(1, (anchor_positions + k).clamp(max=last))
+            rope = self.rotary(first + k, input_ids.shape[1] + steps)
+            hidden = self(ids, hidden, rope, attend)
+            states.append(hidden)
+        stacked = torch.stack(states, dim=2)
+        return TrainingOutput(self.logits(stacked), None, stacked)

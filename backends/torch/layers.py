@@ -30,7 +30,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width)) if weighted else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.width,), self.weight, self.eps)
+        # The fused kernel wants one dtype; under autocast x may be shorter than the weights.
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, (self.width,), weight, self.eps)
 
 
 class TokenEmbedding(nn.Embedding):

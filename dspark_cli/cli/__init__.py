@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dspark_cli import __version__
-from dspark_cli.cli import bench, calibrate, chat, doctor, generate, models, pull, rm
+from dspark_cli.cli import bench, calibrate, chat, convert, doctor, generate, models, pull, rm, train
 from dspark_cli.cli.errors import DsparkGroup
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app.command("rm")(rm.rm)
 app.command("bench")(bench.bench)
 app.command("calibrate")(calibrate.calibrate)
 app.command("doctor")(doctor.doctor)
+app.command("train")(train.train)
+app.command("convert")(convert.convert)
 
 
 def _version(wanted: bool) -> None:

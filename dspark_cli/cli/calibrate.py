@@ -43,12 +43,15 @@ def calibrate(
         raise BadInput("without a drafter there is nothing to calibrate", hint=f"dspark calibrate {model}")
     pair = o.PairOptions(model, drafter, "auto", backend, quant, ctx, threads, gpu_layers, kv_type, flash_attn, offline)
     opened = o.open_options(pair)
+    from dspark_cli.engine.runners import time_runners
     from dspark_cli.engine.session import Session
 
+    runners = time_runners(opened.drafter_file, opened.model, opened.context())
     with Session.open(opened, measure_anew=True) as session:
         costs = session.costs
         halves = _record(session, rounds, tokens, temperature)
         found = _findings(session, costs, halves)
+        found["costs"]["draft_ms_by"] = None if runners is None else {k: round(v, 3) for k, v in runners.items()}
         file = opened.drafter_file if session.drafter is not None and session.drafter.has_pass else None
         found["written"] = _save(file, halves, found["_sts"])
     del found["_sts"]
@@ -131,7 +134,9 @@ def print_findings(found: dict[str, Any]) -> None:
         table.add_row(str(n), f"{ms:.1f}", f"{ms / plain:.2f}")
     console.print(table)
     kept = "kept" if costs["kept"] else "not kept: the machine is busy"
-    console.print(f"draft pass {costs['draft_ms']:.2f} ms; {kept}\n", highlight=False)
+    by = costs["draft_ms_by"]
+    runners = "" if by is None else " (" + ", ".join(f"{name} {ms:.2f}" for name, ms in by.items()) + ")"
+    console.print(f"draft pass {costs['draft_ms']:.2f} ms{runners}; {kept}\n", highlight=False)
 
     title = (
         f"{confidence['source']}: ECE {confidence['ece_before']:.3f} as the drafter says, "

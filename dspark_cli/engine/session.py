@@ -11,7 +11,6 @@ from typing import Self
 from dspark_cli.backends.base import BadInput, Drafter, PairMismatch, Target
 from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.llamacpp.context import ContextOptions
-from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
 from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE, Model, tokens_agree
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.backends.lookup import LookupDrafter
@@ -23,6 +22,7 @@ from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.opening import drafter_beside_torch, open_target
 from dspark_cli.engine.profile import Place, costs_of
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
+from dspark_cli.engine.runners import open_block_drafter
 from dspark_cli.engine.schedule import Off, Schedule, parse_policy
 from dspark_cli.engine.stats import ids_sha256
 from dspark_cli.engine.words import DEFAULT_POLICY, DRAFTER_WORDS
@@ -42,6 +42,7 @@ class OpenOptions:
     policy:       see `schedule.parse_policy`; None takes the default
     ctx:          positions per sequence; None = what the model was trained on, at most 4096
     device:       where a checkpoint folder goes: auto, or a kind with or without a number (cuda:1); GGUF: see gpu_layers
+    drafter_backend: who runs a block drafter beside a GGUF: auto, llamacpp or torch (runners.py)
     notice:       is told, in one line, what the user may want to know
     """
 
@@ -57,6 +58,7 @@ class OpenOptions:
     kv_type: str = "f16"
     flash_attn: str = "auto"
     device: str = "auto"
+    drafter_backend: str = "auto"
     notice: Callable[[str], None] = lambda text: None
 
     @property
@@ -242,10 +244,12 @@ def open_drafter(options: OpenOptions, target: Target) -> Drafter | None:
 def _open_model_drafter(path: Path, options: OpenOptions, target: Target) -> Drafter:
     if not isinstance(target, LlamaCppTarget):
         return drafter_beside_torch(path, options, target)
+    if path.is_dir():
+        return open_block_drafter(path, target, options.context(), options.drafter_backend)
     probe = Model(path, vocab_only=True)
     try:
         if probe.architecture == DRAFTER_ARCHITECTURE:
-            return LlamaCppDrafter(path, target, options.context())
+            return open_block_drafter(path, target, options.context(), options.drafter_backend)
         agree, difference = tokens_agree(target.model, probe)
     finally:
         probe.close()

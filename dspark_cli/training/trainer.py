@@ -1,15 +1,17 @@
-"""Trains a DSpark or DFlash drafter on a feature cache.
+"""Trains a drafter on a feature cache.
 
-Samples per second is what counts on a small machine: every answer position of a document is an anchor,
-all blocks share the document's context keys, and most of the time goes to short blocks, the full block last.
+Samples per second is what counts on a small machine: every answer position of a document may be an anchor, all blocks
+share the document's context keys, and the first part of the time goes to short blocks, the full block last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dspark_cli.backends.torch.anchors import gather_rows
-from dspark_cli.backends.torch.config import DrafterConfig
-from dspark_cli.backends.torch.dspark import DSpark, TrainingOutput
-from dspark_cli.training.features import FeatureCache, Span
+from dspark_cli.backends.errors import DsparkError
+from dspark_cli.backends.torch.anchors import TrainingOutput
+from dspark_cli.backends.torch.dspark import DSpark
+from dspark_cli.backends.torch.eagle3 import Eagle3
+from dspark_cli.backends.torch.loss import position_weights
+from dspark_cli.kernels.distribution_loss import distribution_loss
+from dspark_cli.training.corpus import Corpus, Example, TargetHead
 
-POSITION_DECAY = 4.0  # weight of position k is exp(-(k-1)/4) (paper, training loss)
+DECAY = 4.0  # weight of position i of a block is exp(-i / 4) (paper)
+BORROWED = ("embed_tokens", "lm_head")  # the target's own: neither trained nor saved
 
 
 @dataclass(frozen=True)
@@ -31,24 +37,27 @@ class TrainOptions:
     """How to train.
 
     hours:        the cosine schedule's length; a resumed run goes on where it was
-    anchors:      anchors per document and step (documents are short: usually all positions)
+    documents:    per step;  anchors: per document (most are shorter: then every position is one)
     short_share:  share of the time spent on blocks of `short_rows`
     """
 
     hours: float = 1.0
+    documents: int = 8
     anchors: int = 192
-    short_share: float = 0.6
+    short_share: float = 0.4
     short_rows: int = 2
     lr: float = 2e-3
     muon_lr: float = 0.02
     warmup: float = 0.02
     seed: int = 0
-    threads: int | None = None
 
 
 @dataclass
 class Progress:
-    """What a run reports: seconds of training so far, positions seen, and the running means of the loss terms."""
+    """What a run reports: seconds of training so far, positions seen, and running means.
+
+    accept: 1 - TV of the first draft token
+    """
 
     seconds: float = 0.0
     steps: int = 0
@@ -57,97 +66,66 @@ class Progress:
     accept: float = 0.0
 
 
-class TargetHead:
-    """The target's output rows of the draft vocabulary: gives its probabilities from cached final hidden states."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows  # [W, d]
-
-    def probabilities(self, hidden: Tensor) -> Tensor:
-        """[..., W] of hidden [..., d], normalised over the draft vocabulary."""
-        return (hidden @ self.rows.T).softmax(dim=-1)
-
-
 @dataclass(frozen=True)
-class Example:
-    """A document ready to train on: ids [1, S], features [1, S, m*d], target probabilities [S, W], anchors [1, A]."""
+class Judged:
+    """Blocks of one document against the target. total: the loss; accept_rate [A, B]: 1 - TV, 0 where nothing counts."""
 
-    ids: Tensor
-    features: Tensor
-    target_probs: Tensor
-    anchors: Tensor
-
-
-class Corpus:
-    """Documents of a feature cache as examples. Reads what is there now, so a cache that still grows can be used."""
-
-    def __init__(self, cache: FeatureCache, head: TargetHead, *, held_out: bool) -> None:
-        self._cache, self._head, self._held_out = cache, head, held_out
-        self.refresh()
-
-    def refresh(self) -> None:
-        spans = self._cache.spans
-        self.spans = [s for s in spans if s.held_out == self._held_out and s.length - s.answer_start > 2]
-        self._arrays = {name: self._cache.array(name) for name in ("tokens.i32", "features.f16", "hidden.f16")}
-
-    def example(self, span: Span, anchors: int, generator: np.random.Generator) -> Example:
-        """`anchors` random anchors of the answer (sorted); the answer's opening counts, its last token does not."""
-        rows = slice(span.start, span.start + span.length)
-        ids = torch.from_numpy(self._arrays["tokens.i32"][rows, 0].astype(np.int64))[None]
-        features = torch.from_numpy(self._arrays["features.f16"][rows].astype(np.float32))[None]
-        hidden = torch.from_numpy(self._arrays["hidden.f16"][rows].astype(np.float32))
-        able = np.arange(max(1, span.answer_start - 1), span.length - 1)
-        chosen = able if len(able) <= anchors else np.sort(generator.choice(able, anchors, replace=False))
-        with torch.no_grad():
-            probs = self._head.probabilities(hidden)
-        return Example(ids, features, probs, torch.from_numpy(chosen)[None])
+    total: Tensor
+    accept_rate: Tensor
+    valid: Tensor
 
 
-def losses(output: TrainingOutput, example: Example, t2d: Tensor, tv_share: float) -> tuple[Tensor, Tensor]:
-    """(total loss, acceptance 1 - TV of each draft [A, B]) of one example.
-
-    CE is weighed by (1 - tv_share) and TV by tv_share, so a run can move from one to the other; BCE of the confidence
-    against the acceptance, without gradient through it (paper, training loss). t2d [V]: draft id of a token, or -1.
+def judge(output: TrainingOutput, example: Example, head: TargetHead, tv_share: float) -> Judged:
+    """Loss of A blocks of one document: (1 - tv_share) of cross entropy against the target's whole distribution (it
+    says more about a position than the one token that came, which counts where texts are few), tv_share of sum|q - p|,
+    and the confidence's BCE against 1 - TV; weighted by position as in the paper.
     """
-    logits = output.logits
-    block = logits.shape[2]
-    length = example.ids.shape[1]
-    wanted = example.anchors.unsqueeze(-1) + 1 + torch.arange(block)
-    valid = (wanted < length)[0]
-    labels = gather_rows(example.ids, wanted.clamp(max=length - 1))[0]
-    target_probs = example.target_probs[(wanted[0] - 1).clamp(max=length - 1)]  # row j-1 judges the token at j
-    log_probs = logits[0].log_softmax(dim=-1)
-    distance = (log_probs.exp() - target_probs).abs().sum(dim=-1)  # 2 TV
-    accept = (1 - 0.5 * distance).clamp(0, 1)
-    weight = torch.exp(-torch.arange(block) / POSITION_DECAY) * valid
-    draft_labels = t2d[labels]
-    known = (draft_labels >= 0) & valid
-    ce = -log_probs.gather(-1, draft_labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    total = weight.sum()
-    loss = (1 - tv_share) * (ce * weight * known).sum() / total + tv_share * (distance * weight).sum() / total
+    block, length = output.logits.shape[2], example.ids.shape[1]
+    wanted = example.anchors[0].unsqueeze(-1) + 1 + torch.arange(block, device=example.anchors.device)  # [A, B]
+    valid = wanted < length
+    judges = (wanted - 1).clamp(max=length - 1)  # the row of the token before judges a token
+    with torch.no_grad():
+        probs, outside = head.probabilities(example.hidden, example.norms)
+    weights = position_weights(valid, DECAY)
+    weights = weights / weights.sum()
+    shares = torch.stack([weights * (1 - tv_share), weights * tv_share], dim=-1)
+    total, l1 = distribution_loss(
+        output.logits[0].flatten(0, 1), probs, judges.flatten(), outside, shares.flatten(0, 1)
+    )
+    accept = ((1 - 0.5 * l1).clamp(0, 1)).view_as(valid) * valid
     if output.confidence is not None:
-        bce = F.binary_cross_entropy_with_logits(output.confidence[0], accept.detach(), reduction="none")
-        loss = loss + (bce * weight).sum() / total
-    return loss, torch.where(valid, accept, torch.nan).detach()
+        bce = F.binary_cross_entropy_with_logits(output.confidence[0].float(), accept, reduction="none")
+        total = total + (bce * weights).sum()
+    return Judged(total, accept, valid)
 
 
 class Trainer:
     """A model, its optimisers and its place in the schedule; saves and resumes all of it."""
 
-    def __init__(self, config: DrafterConfig, model: DSpark, options: TrainOptions) -> None:
-        self.config, self.model, self.options = config, model, options
+    def __init__(self, model: DSpark | Eagle3, head: TargetHead, options: TrainOptions) -> None:
+        self.model, self.options = model, options
         self.progress = Progress()
+        self.device = model.fc.weight.device
         for frozen in (model.embed_tokens, model.lm_head):
             frozen.requires_grad_(False)
+        if quick_bfloat16(self.device):  # autocast would cast the frozen head anew for every document
+            model.lm_head.bfloat16()
+            head = replace(head, rows=head.rows.bfloat16())
+        self.head = head
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         matrices = [p for n, p in trained if p.ndim == 2 and ("layers." in n or n == "fc.weight")]
         chosen = {id(p) for p in matrices}
         others = [p for _, p in trained if id(p) not in chosen]
         # Muon for the matrices between hidden states, Adam for norms and heads.
+        if not hasattr(torch.optim, "Muon"):
+            raise DsparkError(
+                f"training needs torch 2.9 or newer, this is {torch.__version__}", hint="pip install -U torch"
+            )
         self.optimisers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(matrices, lr=options.muon_lr, weight_decay=0.0),
-            torch.optim.AdamW(others, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.AdamW(others, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         ]
+        self._trained = [*matrices, *others]
         self._base_lr = [group["lr"] for o in self.optimisers for group in o.param_groups]
 
     @property
@@ -157,25 +135,35 @@ class Trainer:
 
     @property
     def rows(self) -> int:
-        short = min(self.options.short_rows, self.config.block_rows)
-        return short if self.done < self.options.short_share else self.config.block_rows
+        whole = self.model.config.block_rows
+        return min(self.options.short_rows, whole) if self.done < self.options.short_share else whole
 
     @property
     def tv_share(self) -> float:
-        """CE teaches quickly, TV is what acceptance is: move over during the last two fifths."""
-        return 0.1 + 0.8 * min(1.0, max(0.0, (self.done - 0.6) / 0.2))
+        """The whole distribution teaches quickly, TV is what acceptance is: the run moves over in its second half."""
+        return 0.1 + 0.8 * min(1.0, max(0.0, (self.done - 0.5) / 0.3))
 
-    def step(self, example: Example, t2d: Tensor) -> None:
-        began = time.perf_counter()
+    def step(self, examples: list[Example]) -> None:
+        began = _clock(self.device)
         self._set_rates()
-        output = self.model.training_forward(example.features, example.ids, example.anchors, rows=self.rows)
-        loss, accept = losses(output, example, t2d, self.tv_share)
+        results = []
+        with self._fast():
+            for example in examples:
+                output = self.model.training_forward(example.features, example.ids, example.anchors, rows=self.rows)
+                results.append(judge(output, example, self.head, self.tv_share))
+        loss = sum((r.total for r in results), torch.zeros((), device=self.device)) / len(results)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        self._count(time.perf_counter() - began, float(loss.detach()), float(accept[:, 0].nanmean()), accept.shape[0])
+        accept = float(torch.cat([r.accept_rate[:, 0] for r in results]).mean())
+        positions = sum(e.anchors.shape[1] for e in examples)
+        self._count(_clock(self.device) - began, float(loss.detach()), accept, positions)
+
+    def _fast(self) -> contextlib.AbstractContextManager[Any]:
+        """bfloat16 products where the machine has them; weights and optimisers stay float32."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=quick_bfloat16(self.device))
 
     def _set_rates(self) -> None:
         warm = min(1.0, self.done / self.options.warmup) if self.options.warmup else 1.0
@@ -190,12 +178,14 @@ class Trainer:
         p.seconds, p.steps, p.positions = p.seconds + seconds, p.steps + 1, p.positions + positions
         p.loss, p.accept = keep * p.loss + (1 - keep) * loss, keep * p.accept + (1 - keep) * accept
 
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights and buffers, without what is borrowed from the target."""
+        return {k: v for k, v in self.model.state_dict().items() if not k.startswith(BORROWED)}
+
     def save(self, path: Path) -> None:
         """Write a checkpoint; a reader never sees half of one."""
         state: dict[str, Any] = {
-            "model": {
-                k: v for k, v in self.model.state_dict().items() if not k.startswith(("embed_tokens", "lm_head"))
-            },
+            "model": self.weights(),
             "optimisers": [o.state_dict() for o in self.optimisers],
             "progress": asdict(self.progress),
         }
@@ -203,57 +193,72 @@ class Trainer:
         path.with_suffix(".tmp").replace(path)
 
     def resume(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)  # tensors and plain containers only, never code
+        state = torch.load(
+            path, weights_only=True, map_location=self.device
+        )  # tensors and plain containers, never code
         self.model.load_state_dict(state["model"], strict=False)
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.progress = Progress(**state["progress"])
 
+    def run(self, corpus: Corpus, checkpoint: Path, *, save_every_s: float = 120.0) -> Iterator[Progress]:
+        """Train to the end of the schedule, saving on the way and at the end; yields after every step."""
+        generator = np.random.default_rng([self.options.seed, self.progress.steps])
+        stretches = corpus.shuffled(generator)
+        saved = self.progress.seconds
+        while self.done < 1.0:
+            chosen = islice(stretches, self.options.documents)
+            self.step([corpus.example(s, self.options.anchors, generator) for s in chosen])
+            if self.progress.seconds - saved > save_every_s:
+                self.save(checkpoint)
+                saved = self.progress.seconds
+            yield self.progress
+        self.save(checkpoint)
 
-def shuffled(corpus: Corpus, generator: np.random.Generator) -> Iterator[Span]:
-    """Spans for ever, a new order each time round."""
-    while True:
-        corpus.refresh()
-        spans = list(corpus.spans)
-        for i in generator.permutation(len(spans)):
-            yield spans[int(i)]
+
+def _clock(device: torch.device) -> float:
+    """Seconds. On a CPU: of this process's own time by thread, so that a busy or stopped machine trains no less."""
+    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.perf_counter()
 
 
-def train(
-    trainer: Trainer,
-    corpus: Corpus,
-    t2d: Tensor,
-    checkpoint: Path,
-    report: Callable[[Progress], None],
-    *,
-    save_every_s: float = 120.0,
-) -> None:
-    """Run to the end of the schedule, saving on the way and at the end."""
-    options = trainer.options
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if checkpoint.exists():
-        trainer.resume(checkpoint)
-    generator = np.random.default_rng([options.seed, trainer.progress.steps])
-    saved = trainer.progress.seconds
-    for span in shuffled(corpus, generator):
-        if trainer.done >= 1.0:
-            break
-        trainer.step(corpus.example(span, options.anchors, generator), t2d)
-        report(trainer.progress)
-        if trainer.progress.seconds - saved > save_every_s:
-            trainer.save(checkpoint)
-            saved = trainer.progress.seconds
-    trainer.save(checkpoint)
+def quick_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are worth it there."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and _cpu_bfloat16()
+
+
+def _cpu_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones: asked of the machine, once."""
+    global _answer
+    if _answer is None:
+        _answer = _seconds(torch.bfloat16) < 0.7 * _seconds(torch.float32)
+    return _answer
+
+
+_answer: bool | None = None
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 @torch.inference_mode()
-def evaluate(model: DSpark, corpus: Corpus, t2d: Tensor, *, anchors: int = 64, seed: int = 0) -> list[float]:
-    """Mean acceptance (1 - TV, teacher forced) of each position of the block, over held-out documents."""
+def acceptance(trainer: Trainer, corpus: Corpus, *, documents: int = 64, seed: int = 0) -> list[float]:
+    """Mean acceptance (1 - TV, teacher forced) of each position of the block, over documents of `corpus`."""
     generator = np.random.default_rng(seed)
-    rows = []
-    for span in corpus.spans:
-        example = corpus.example(span, anchors, generator)
-        output = model.training_forward(example.features, example.ids, example.anchors)
-        rows.append(losses(output, example, t2d, 1.0)[1])
-    return [float(x) for x in torch.cat(rows).nanmean(dim=0)]
+    total, count = 0.0, 0.0
+    for stretch in corpus.stretches[:documents]:
+        example = corpus.example(stretch, 64, generator)
+        with trainer._fast():
+            output = trainer.model.training_forward(example.features, example.ids, example.anchors)
+            result = judge(output, example, trainer.head, 0.9)
+        total = total + result.accept_rate.sum(0)
+        count = count + result.valid.sum(0)
+    return [float(x) for x in total / count]  # type: ignore[attr-defined]

@@ -1,0 +1,91 @@
+"""What a finished training leaves: the drafter, the recipe that makes it again, its calibration, a card with its figures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dspark_cli.backends.errors import DsparkError
+from dspark_cli.backends.torch.dspark import DSpark
+from dspark_cli.backends.torch.eagle3 import Eagle3
+from dspark_cli.engine.beliefs import CalibrationFile, sha256_of, shipped_path
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Files of a drafter. `drafter` is a GGUF, or a folder in DeepSpec's format where libllama has no graph for it."""
+
+    drafter: Path
+    recipe: Path
+    calibration: Path | None
+
+
+def write_drafter(
+    model: DSpark | Eagle3, path: Path, target: Path, *, quant: str, vocabulary_quant: str | None = None
+) -> Path:
+    """`path` as GGUF if it ends so, else as a folder of config.json and safetensors."""
+    if path.suffix == ".gguf":
+        from dspark_cli.backends.torch.gguf_drafter import save_gguf_drafter
+
+        return save_gguf_drafter(model, path, target, quant=quant, vocabulary_quant=vocabulary_quant)
+    from dspark_cli.backends.torch.export import save_drafter
+
+    save_drafter(model, path)
+    return path
+
+
+def write_companions(drafter: Path, kind: str, recipe: dict[str, Any], evaluation: dict[str, Any]) -> Exported:
+    """Recipe, calibration and card beside `drafter`. Raises DsparkError when the disk refuses."""
+    try:
+        recipe_path = drafter.with_name(drafter.name + ".recipe.json")
+        recipe_path.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+        calibration = None
+        if drafter.is_file():
+            calibration = shipped_path(drafter)
+            CalibrationFile(
+                sha256_of(drafter),
+                kind,
+                tuple(evaluation["temperatures"]),
+                tuple(evaluation["survival"]),
+                int(evaluation["rounds"]),
+            ).save(calibration)
+        drafter.with_name(drafter.name + ".md").write_text(card(drafter.name, recipe, evaluation), encoding="utf-8")
+    except OSError as error:
+        raise DsparkError(f"{drafter.parent} cannot be written: {error.strerror}") from None
+    return Exported(drafter, recipe_path, calibration)
+
+
+def card(name: str, recipe: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    """The model card, Markdown."""
+    shape = recipe["shape"]
+    lines = [
+        f"# {name}",
+        "",
+        f"A {shape['kind']} drafter for `{recipe['target']}`, made by:",
+        "",
+        f"    {recipe['command']}",
+        "",
+        f"{shape['layers']} layer(s), block {shape['block']}, rank {shape['rank']}, draft vocabulary {shape['vocabulary']}"
+        f" ({recipe['coverage']:.1%} of the answer tokens), {recipe['parameters'] / 1e6:.1f}M trained parameters.",
+        f"Trained for {recipe['train_hours']:.2f} hours on {recipe['tokens']:,} tokens that the target wrote itself; "
+        f"{recipe['positions']:,} anchors seen. No other text was used.",
+        "",
+        f"Held-out documents (none of them in training), every drafted token verified, {evaluation['target_format']} target:",
+        "",
+        "| prompts | temperature | tau | accepted by position | rounds |",
+        "|---|---|---|---|---|",
+    ]
+    for row in evaluation["rows"]:
+        survival = " ".join(f"{s:.2f}" for s in row["survival"])
+        lines.append(
+            f"| {row['prompts']} | {row['temperature']:g} | {row['accepted_length']:.2f} | {survival} | {row['rounds']} |"
+        )
+    lines += [
+        "",
+        f"Confidence: ECE of the cumulative product {evaluation['ece_before']:.3f}, after STS {evaluation['ece_after']:.3f} "
+        "(fitted on one half of the prompts, judged on the other).",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,242 @@
+"""`dspark train` from nothing to a drafter that drafts, killed on the way and resumed; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dspark_cli.backends.base import DraftRequest, DsparkError, Row
+from dspark_cli.backends.llamacpp.context import ContextOptions
+from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
+from dspark_cli.backends.llamacpp.target import LlamaCppTarget
+from dspark_cli.backends.torch.drafter import make_drafter
+from dspark_cli.backends.torch.gguf_drafter import load_gguf_drafter
+from dspark_cli.cli import app
+from dspark_cli.training.corpus import Corpus, draft_vocabulary
+from dspark_cli.training.documents import Document, append_documents, read_documents
+from dspark_cli.training.features import FeatureCache, TorchReader
+from dspark_cli.training.pipeline import spread_layers
+
+ARGUMENTS = [
+    "--tokens",
+    "12000",
+    "--hours",
+    "0.002",
+    "--block",
+    "3",
+    "--rank",
+    "8",
+    "--vocab",
+    "512",
+    "--through",
+    "torch",
+]
+
+
+def train(target: Path, work: Path, *more: str) -> object:
+    return CliRunner().invoke(app, ["train", str(target), "--work", str(work), *ARGUMENTS, *more])
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of a finished DSpark training, its drafter as d.gguf in it."""
+    work = tmp_path_factory.mktemp("train") / "work"
+    result = train(tiny_target, work, "--out", str(work / "d.gguf"))
+    assert result.exit_code == 0, result.output  # type: ignore[attr-defined]
+    return work
+
+
+def test_it_learns_and_leaves_everything_a_drafter_needs(trained: Path) -> None:
+    curve = [json.loads(line) for line in (trained / "curve.jsonl").read_text().splitlines()]
+    assert curve[-1]["expected_tau"] > curve[0]["expected_tau"] + 0.05
+    assert curve[-1]["positions"] > 0
+    recipe = json.loads((trained / "d.gguf.recipe.json").read_text())
+    assert recipe["command"].startswith("dspark ")
+    assert recipe["shape"] == {
+        "kind": "dspark", "layers": 1, "block": 3, "rank": 8, "vocabulary": 512, "target_layers": [1, 2]
+    }  # fmt: skip
+    calibration = json.loads((trained / "d.gguf.calibration.json").read_text())
+    assert len(calibration["survival"]) == 3
+    evaluation = json.loads((trained / "evaluation.json").read_text())
+    assert {row["prompts"] for row in evaluation["rows"]} > {"question", "code", "all"}
+    assert "| all | 0 |" in (trained / "d.gguf.md").read_text()
+
+
+def test_libllama_and_torch_draft_the_same_from_the_exported_file(trained: Path, tiny_target: Path) -> None:
+    options = ContextOptions(ctx=512, kv_type="f32", flash_attn="off")
+    ids = next(iter(read_documents(trained / "documents.jsonl"))).ids
+    same = total = 0
+    with (
+        LlamaCppTarget(tiny_target, options) as target,
+        LlamaCppDrafter(trained / "d.gguf", target, options) as native,
+        make_drafter(load_gguf_drafter(trained / "d.gguf", tiny_target), name="d") as ours,
+    ):
+        target.request_features(native.feature_layers)
+        assert ours.feature_layers == native.feature_layers
+        for k in range(40, 80):
+            features = target.step([Row(0, ids[:k])])[0].features
+            for drafter in (native, ours):
+                drafter.observe(0, ids[:k], features)
+            request = DraftRequest(0, ids[k], 3)
+            theirs, mine = native.propose([request])[0], ours.propose([request])[0]
+            same += mine.tokens.tolist() == theirs.tokens.tolist()
+            total += 1
+            if mine.tokens.tolist() == theirs.tokens.tolist():
+                assert mine.confidence == pytest.approx(theirs.confidence, abs=0.02)
+            for keeper in (target, native, ours):
+                keeper.drop(0)
+    assert same >= total - 2  # near-ties of quantized weights
+
+
+def test_a_finished_training_says_so_again_and_goes_on_when_asked_for_more(trained: Path, tiny_target: Path) -> None:
+    before = json.loads((trained / "curve.jsonl").read_text().splitlines()[-1])["positions"]
+    result = train(tiny_target, trained, "--out", str(trained / "d.gguf"), "--hours", "0.003", "--json")
+    assert result.exit_code == 0, result.output  # type: ignore[attr-defined]
+    assert json.loads(result.stdout)["drafter"].endswith("d.gguf")  # type: ignore[attr-defined]
+    assert json.loads((trained / "curve.jsonl").read_text().splitlines()[-1])["positions"] > before
+
+
+def test_another_recipe_needs_another_folder(trained: Path, tiny_target: Path) -> None:
+    result = train(tiny_target, trained, "--block", "4")
+    assert result.exit_code == 1  # type: ignore[attr-defined]
+    assert "block 3, now 4" in result.output  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["dflash", "eagle3"])
+def test_the_other_drafters_train_too(tiny_target: Path, trained: Path, tmp_path: Path, kind: str) -> None:
+    work = tmp_path / kind
+    documents = ["--documents", str(trained / "documents.jsonl")]
+    result = train(tiny_target, work, "--drafter", kind, *documents)
+    assert result.exit_code == 0, result.output  # type: ignore[attr-defined]
+    curve = [json.loads(line) for line in (work / "curve.jsonl").read_text().splitlines()]
+    assert curve[-1]["expected_tau"] > curve[0]["expected_tau"]
+    made = work / f"tiny.F32-{kind}{'.gguf' if kind == 'dflash' else ''}"
+    assert made.is_dir() == (kind == "eagle3")
+
+
+@pytest.mark.parametrize("seconds", [4.0, 9.0, 14.0])
+def test_killed_at_any_moment_the_same_command_goes_on(tiny_target: Path, tmp_path: Path, seconds: float) -> None:
+    work = tmp_path / "work"
+    command = [sys.executable, "-m", "dspark_cli", "train", str(tiny_target), "--work", str(work), *ARGUMENTS]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=dict(os.environ))
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for torn in ("documents.jsonl", "features/index.jsonl"):
+        if (work / torn).exists():
+            with (work / torn).open("a") as file:
+                file.write('{"ids": [1, 2')
+    result = train(tiny_target, work)
+    assert result.exit_code == 0, result.output  # type: ignore[attr-defined]
+    documents = list(read_documents(work / "documents.jsonl"))
+    cache = FeatureCache(work / "features", target=tiny_target.name, layers=(1, 2), width=64)
+    assert [s.length for s in cache.stretches] == [len(d.ids) for d in documents]
+    assert (work / "tiny.F32-dspark.gguf").exists()
+
+
+def test_a_full_disk_keeps_what_was_finished(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dspark_cli.backends.torch.gguf_model import load_gguf_model
+
+    documents = [Document(tuple(range(100, 130 + n)), 5, 0.0) for n in range(6)]
+    cache = FeatureCache(tmp_path, target="t", layers=(1,), width=64)
+    model = load_gguf_model(tiny_target)
+    stored = FeatureCache._store
+
+    def full(self: FeatureCache, document: Document, *rest: object) -> None:
+        if len(document.ids) == 33:
+            raise OSError(28, "No space left on device")
+        stored(self, document, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FeatureCache, "_store", full)
+    with pytest.raises(DsparkError, match="No space left on device; the first 93 tokens are kept"):
+        cache.append(TorchReader(model), documents, lambda n: None)
+    monkeypatch.undo()
+    again = FeatureCache(tmp_path, target="t", layers=(1,), width=64)
+    assert again.tokens == 93
+    again.append(TorchReader(model), documents, lambda n: None)
+    assert again.array("features.f16").shape == (sum(len(d.ids) for d in documents), 64)
+
+
+def test_too_little_disk_is_said_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    cache = FeatureCache(tmp_path, target="t", layers=(1,), width=64)
+    with pytest.raises(DsparkError, match=r"features need .* GB, .* has 0\.0 GB free"):
+        cache.append(TorchReader(None), [Document((1, 2, 3), 1, 0.0)], lambda n: None)
+
+
+def test_features_of_another_target_are_not_mixed(tmp_path: Path) -> None:
+    FeatureCache(tmp_path, target="a.gguf", layers=(1,), width=64)
+    with pytest.raises(DsparkError, match=r"holds features of .*a\.gguf"):
+        FeatureCache(tmp_path, target="b.gguf", layers=(1,), width=64)
+
+
+def test_the_draft_vocabulary_is_the_frequent_tokens(tmp_path: Path, tiny_target: Path) -> None:
+    from dspark_cli.backends.torch.gguf_model import load_gguf_model
+
+    documents = [Document((5, 6, *([77] * 4), *([88] * 3), 99), 2, 0.0)] * 3
+    cache = FeatureCache(tmp_path, target="t", layers=(1,), width=64)
+    cache.append(TorchReader(load_gguf_model(tiny_target)), documents, lambda n: None)
+    corpus = Corpus(cache, held_out=documents[0].held_out)
+    ids, coverage = draft_vocabulary(corpus, 2, 49152)
+    assert ids.tolist() == [77, 88]
+    assert coverage == pytest.approx(7 / 8)
+    assert draft_vocabulary(corpus, 2, 49152, [3])[0].tolist() == [3, 77]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--drafter", "medusa"], "unknown drafter 'medusa': one of dspark, dflash, eagle3"),
+        (["--head", "mlp"], "unknown head 'mlp'"),
+        (["--through", "onnx"], "unknown --through 'onnx'"),
+        (["--format", "Q2_K"], "unknown format 'Q2_K'"),
+        (["--drafter", "eagle3", "--out", "e.gguf"], "an Eagle3 drafter has no form as a GGUF file"),
+        (["--prompts", "/nowhere.txt"], "/nowhere.txt is no file"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_made(
+    tiny_target: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = CliRunner().invoke(app, ["train", str(tiny_target), "--work", str(tmp_path / "w"), *arguments])
+    assert result.exit_code in (1, 2)
+    assert message in result.output
+    assert not (tmp_path / "w").exists()
+
+
+def test_prompts_of_the_user_open_the_user_turns(tiny_target: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Why is the sky blue?\n\nName three rivers.\n", encoding="utf-8")
+    work = tmp_path / "work"
+    result = train(tiny_target, work, "--prompts", str(prompts), "--max-hours", "0.0000001")
+    assert result.exit_code == 0, result.output  # type: ignore[attr-defined]
+    assert "the same command goes on" in result.output  # type: ignore[attr-defined]
+    with LlamaCppTarget(tiny_target, ContextOptions(ctx=64)) as target:
+        texts = [target.tokenizer.decode(d.ids) for d in read_documents(work / "documents.jsonl")]
+    assert texts
+    assert all("Why is the sky blue?" in t or "Name three rivers." in t for t in texts)
+
+
+def test_layers_are_spread_over_what_can_be_read() -> None:
+    assert spread_layers(30) == (1, 8, 14, 21, 28)
+    assert spread_layers(4) == (1, 2)
+    assert all(0 <= i <= n - 2 for n in range(2, 80) for i in spread_layers(n))
+
+
+def test_documents_survive_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    append_documents(path, [Document((1, 2, 3), 1, 0.5)])
+    with path.open("a") as file:
+        file.write('{"ids": [1')
+    assert list(read_documents(path)) == [Document((1, 2, 3), 1, 0.5)]
