@@ -84,7 +84,7 @@ def choose(entry: Entry, machine: Machine, wish: Wish | None = None) -> Resoluti
     full = replace(wish, options=replace(wish.options, ctx=usual))
     for place in (_whole, _partly, _on_cpu):
         for options, attempt in ((o, d) for o in (full, wish) for d in drafters):
-            plans = [(c, _plan(entry, c, attempt, machine, options)) for c in candidates]
+            plans = [(c, _plan(entry, c, attempt, machine, options)) for c in candidates if pairs(c.format, attempt)]
             fits = [(c, plan) for c, plan in plans if plan.fits and place(plan)]
             if place is _partly:
                 fits.sort(key=lambda found: -found[1].gpu_layers / found[1].n_layer)
@@ -92,6 +92,11 @@ def choose(entry: Entry, machine: Machine, wish: Wish | None = None) -> Resoluti
                 left_out = () if attempt is drafter else (_left_out(drafter),)
                 return _resolution(entry, *fits[0], attempt, (*notes, *left_out, *fits[0][1].notes))
     raise _too_small(entry, candidates, drafter, machine, wish)
+
+
+def pairs(form: str, drafter: KnownDrafter | None) -> bool:
+    """Whether a drafter can serve a target of this format: one in GGUF cannot serve a checkpoint, the reverse works."""
+    return form != "safetensors" or drafter is None or drafter.format == "safetensors"
 
 
 def fitting(entry: Entry, machine: Machine) -> dict[str, MemoryPlan]:
