@@ -24,7 +24,7 @@ from dspark_cli.bench.formats import requantize
 from tiny import tiny_checkpoint, tiny_gguf
 
 #: largest difference of a logit, in logits of size up to 30; and of a feature, as a share of the vector's length
-LOGITS, FEATURES = 5e-3, 1e-4
+LOGITS, FEATURES = 1e-3, 5e-5
 CTX = 512
 
 

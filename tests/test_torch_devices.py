@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from dspark_cli.backends.base import BadInput, NotReady
+from dspark_cli.backends.torch import devices as torch_devices
 from dspark_cli.backends.torch.devices import Facts, capture_for, detect, dtype_for, pick, uses_triton
 
 GB = 10**9
@@ -136,6 +137,23 @@ def test_the_capture_switch() -> None:
         capture_for("graph", cpu)
     with pytest.raises(BadInput, match="unknown capture"):
         capture_for("maybe", gpu)
+
+
+def test_the_memory_plan_sees_the_same_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of their numbers, so that the n-th is ggml's n-th too, whichever is freest."""
+    from dspark_cli.registry import devices as registry
+
+    for machine, wanted in (
+        (TWO_CUDA, [("CUDA0", "cuda", 10 * GB), ("CUDA1", "cuda", 70 * GB)]),
+        (MACHINES["rdna3"], [("ROCm0", "rocm", 23 * GB)]),
+        (MACHINES["mac"], [("Metal", "metal", 16 * GB)]),
+        (MACHINES["cpu"], []),
+    ):
+        monkeypatch.setattr(torch_devices, "detect", lambda machine=machine: detect(machine))
+        found, works = registry._torch_devices()
+        assert works
+        assert [(device.name, device.kind, device.free) for device in found] == wanted
+        assert all(device.runs == ("torch",) for device in found)
 
 
 def test_this_machine_can_be_asked() -> None:
