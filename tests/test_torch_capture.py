@@ -8,9 +8,11 @@ changes logits of size 1 to 10 by a hundred times more than `ATOL`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +23,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from dspark_cli.backends.base import Row  # noqa: E402
-from dspark_cli.backends.torch.capture import WIDTHS, Recorder, compiled, keys_bucket, width_bucket  # noqa: E402
+from dspark_cli.backends.torch.capture import WIDTHS, Recorder, compiled, keys_bucket, recorder_for, width_bucket  # noqa: E402
 from dspark_cli.backends.torch.devices import detect, pick  # noqa: E402
-from dspark_cli.backends.torch.network import Network  # noqa: E402
+from dspark_cli.backends.torch.network import Network, PassOutput  # noqa: E402
 from dspark_cli.backends.torch.target import TorchOptions, TorchTarget  # noqa: E402
 from fakes import FakeTokenizer  # noqa: E402
 from tiny import N_VOCAB, tiny_config, tiny_model  # noqa: E402
@@ -137,6 +139,80 @@ def test_what_is_kept_of_a_pass_may_change() -> None:
     finally:
         for target in (eager, recorded):
             target.request_features((-1, 0))
+
+
+def test_a_pass_that_cannot_be_recorded_runs_eagerly() -> None:
+    said: list[str] = []
+    eager, recorded = make_target("llama"), make_target("llama")
+    recorded._notice = said.append
+
+    def refuse(run: Callable) -> Callable:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    recorded._recorder = Recorder(recorded.network, recorded.cache, N_SEQ, refuse)
+    for _ in range(2):
+        mine, plain = (target.step([Row(1, [3, 4, 5])])[0] for target in (recorded, eager))
+        np.testing.assert_allclose(mine.logits, plain.logits, atol=ATOL)
+    assert recorded.length(1) == 6
+    assert said == [
+        "passes of llama cannot be recorded (operation not permitted when stream is capturing): "
+        "they run eagerly, more slowly"
+    ]
+
+
+class FakeCuda:
+    """As much of torch.cuda as recording uses. A replay runs what was recorded again, into the tensors it gave then."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.run: Callable = lambda: None
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stream = SimpleNamespace(wait_stream=lambda other: self.log.append("wait"))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda s: self._block("side stream"))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self._replay))
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: self._block(f"capture in {pool}"))
+
+    @contextmanager
+    def _block(self, name: str) -> Iterator[None]:
+        self.log.append(name)
+        yield
+        self.log.append("end")
+
+    def _replay(self) -> None:
+        self.log.append("replay")
+        fresh = self.run()
+        self.output.logits.copy_(fresh.logits)
+        self.output.features.copy_(fresh.features)
+
+    def watch(self, run: Callable) -> Callable:
+        """`run`, remembered with what it gave last outside a replay."""
+        self.run = run
+
+        def watched() -> PassOutput:
+            self.log.append("run")
+            self.output = run()
+            return self.output
+
+        return watched
+
+
+def test_graphs_are_warmed_up_recorded_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of calls, on a stand-in: no graph was ever recorded on hardware here."""
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    graphs = recorder_for("graph", torch.device("cpu"))
+    eager, recorded = make_target("llama"), make_target("llama")
+    recorded._recorder = Recorder(recorded.network, recorded.cache, N_SEQ, lambda run: graphs(fake.watch(run)))
+    for tokens in ([3, 4, 5], [6, 7, 8]):
+        mine, plain = (target.step([Row(1, tokens)])[0] for target in (recorded, eager))
+        np.testing.assert_allclose(mine.logits, plain.logits, atol=ATOL)
+        np.testing.assert_allclose(mine.features, plain.features, atol=ATOL)
+    warm = ["wait", "side stream", "run", "run", "end", "wait"]
+    assert fake.log == [*warm, "capture in pool", "run", "end", "replay", "replay"]
 
 
 @pytest.mark.slow

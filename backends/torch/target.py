@@ -314,8 +314,20 @@ class TorchTarget(Target):
             tokens[row.seq] = row.tokens
         starts = [self.length(seq) for seq in range(self.info.n_seq)]
         table = padded(tokens, starts, width, self.cache.spare).to(self.device)
-        output = self._recorder(table[0], table[1], table[2], keys)
+        try:
+            output = self._recorder(table[0], table[1], table[2], keys)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            self._record_no_more(error)
+            return None
         return _split(rows, [row.seq for row in rows], range(width), output)
+
+    def _record_no_more(self, error: RuntimeError) -> None:
+        """Some models do what cannot be recorded; their passes stay eager. Nothing was committed: the pass runs again."""
+        self._recorder = None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self._notice(f"passes of {self.info.name} cannot be recorded ({reason[:120]}): they run eagerly, more slowly")
 
     def length(self, seq: int) -> int:
         return self.cache.store.length(seq)
