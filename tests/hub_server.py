@@ -16,6 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 _RESOLVE = re.compile(r"^/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)$")
 _INFO = re.compile(r"^/api/models/([\w.-]+/[\w.-]+)(?:/revision/([^?]+))?")
@@ -100,9 +101,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         self.hub.requests.append((self.command, self.path, self.headers.get("Range")))
         try:
-            if info := _INFO.match(self.path):
+            path = unquote(urlsplit(self.path).path)  # through a proxy the path is a whole URL
+            if info := _INFO.match(path):
                 self._info(info[1], info[2] or "main")
-            elif file := _RESOLVE.match(self.path):
+            elif file := _RESOLVE.match(path):
                 self._file(file[1], file[2], file[3], body)
             else:
                 self._status(404)

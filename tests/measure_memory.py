@@ -1,6 +1,6 @@
 """Peak growth of this process while a pair is loaded and used, beside what the plan says. Run by test_plan_measured.py.
 
-usage: python measure_memory.py TARGET.gguf CTX [DRAFTER.gguf]    prints one JSON object
+usage: python measure_memory.py TARGET CTX [DRAFTER.gguf]    prints one JSON object
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ def main(target: Path, ctx: int, drafter: Path | None) -> None:
     from dspark_cli.registry.plan import PlanOptions
     from dspark_cli.registry.resolve import Resolved, plan_for
 
-    native.start()
+    if target.is_dir():
+        import torch
+
+        import dspark_cli.backends.torch.target  # noqa: F401
+
+        torch.ones(300, 300) @ torch.ones(300, 300)
+    else:
+        native.start()
     machine = this_machine()
     plan = plan_for(Resolved(target.stem, target, drafter), machine, PlanOptions(ctx=ctx))
     before = psutil.Process().memory_info().rss

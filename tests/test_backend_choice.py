@@ -58,14 +58,24 @@ def test_the_line_says_which_and_why(model: str, machine: Machine, wish: dict, w
     assert re.match(f"backend {words}", said), said
 
 
-def test_a_checkpoint_is_not_paired_with_a_gguf_drafter() -> None:
+def test_each_backend_gets_a_drafter_it_can_run() -> None:
+    for backend, form in (("torch", "safetensors"), ("llamacpp", "gguf")):
+        found = choose(find("qwen2.5-14b"), gpu(80, runs=BOTH), Wish(backend=backend))
+        assert found.drafter is not None
+        assert (found.backend, found.drafter.kind, found.drafter.format) == (backend, "small", form)
+
+
+def test_a_checkpoint_that_no_drafter_serves_gives_way_to_a_gguf_that_one_does() -> None:
     entry = find("qwen2.5-14b")
-    assert entry.drafter[0].format == "gguf", "this test is about such an entry"
-    found = choose(entry, gpu(80, runs=BOTH))
+    drafters = [drafter for drafter in entry.drafter if drafter.format == "gguf"]
+    alone = entry.model_copy(update={"drafter": drafters})
+    machine = gpu(80, runs=BOTH)
+    found = choose(alone, machine)
     assert (found.backend, found.drafter and found.drafter.kind) == ("llamacpp", "small")
-    assert "is a GGUF, which drafts beside a GGUF" in line("qwen2.5-14b", gpu(80, runs=BOTH))
-    alone = choose(entry, gpu(80, runs=BOTH), Wish(backend="torch", drafter="lookup"))
-    assert (alone.backend, alone.quant) == ("torch", "BF16")
+    said = backend_line(Resolved(entry.name, Path("x"), None, alone, found), found.plan, machine, Wish())
+    assert "is a GGUF, which drafts beside a GGUF" in said
+    asked = choose(alone, machine, Wish(backend="torch"))
+    assert (asked.backend, asked.quant, asked.drafter) == ("torch", "BF16", None)
 
 
 def test_torch_asked_for_where_it_cannot_be() -> None:

@@ -1,100 +1,29 @@
-"""Downloads against a stand-in of the Hub on loopback, with the real huggingface-hub client."""
+"""Downloads against a stand-in of the Hub on loopback, with the real huggingface-hub client: resume, hashes, faults."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub.constants
 import pytest
 
-from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
-from dspark_cli.registry import download, hub
-from dspark_cli.registry.choose import Machine, Wish
+from dspark_cli.backends.errors import DsparkError, NotReady
+from dspark_cli.registry import hub
+from dspark_cli.registry.choose import Wish
 from dspark_cli.registry.disk import hub_cache, snapshot
-from dspark_cli.registry.download import Silent, pull_files
-from dspark_cli.registry.lock import locked, read_lock
-from dspark_cli.registry.models import find
-from dspark_cli.registry.obtain import obtain, pull
-from dspark_cli.registry.plan import Device
-from dspark_cli.registry.remove import carry_out, removal
+from dspark_cli.registry.download import Silent
+from dspark_cli.registry.lock import locked
+from dspark_cli.registry.obtain import pull
 from dspark_cli.registry.resolve import resolve
 from hub_server import Fault, HubServer, Repository
-from tests_support import own_registry
-
-TARGET, DRAFT = "tester/tiny-GGUF", "tester/tiny-draft-GGUF"
-MACHINE = Machine(Device("cpu", "cpu", 16 << 30, 12 << 30))
-DATA = random.Random(0)
-PARTS = {f"tiny-q4_k_m-{i:05d}-of-00003.gguf": DATA.randbytes(700_000 + i) for i in (1, 2, 3)}
-REGISTRY = f"""
-[[model]]
-name = "tiny"
-family = "tiny"
-parameters = "1M"
-context = 512
-n_layer = 2
-n_embd = 64
-n_head_kv = 1
-head_dim = 64
-n_vocab = 512
-gguf = "{TARGET}"
-gguf_files = {{ Q4_K_M = "tiny-q4_k_m.gguf" }}
-[[model.drafter]]
-kind = "dspark"
-format = "gguf"
-repository = "{DRAFT}"
-file = "tiny-draft-q8_0.gguf"
-block_size = 5
-"""
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    constants = huggingface_hub.constants
-    repositories = {
-        TARGET: Repository({**PARTS, "tiny-q8_0.gguf": DATA.randbytes(5000), "README.md": b"small"}),
-        DRAFT: Repository({"tiny-draft-q8_0.gguf": DATA.randbytes(300_000), "pytorch_model.bin": b"x" * 2000}),
-    }
-    own_registry(REGISTRY)
-    with HubServer(repositories) as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub cache ü"))
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
-        monkeypatch.setattr(hub, "FIRST_WAIT_S", 0.01)
-        monkeypatch.setattr(hub, "LONGEST_WAIT_S", 0.05)
-        monkeypatch.setattr(download, "CHUNK", 16384)
-        huggingface_hub.close_session()
-        yield running
-        huggingface_hub.close_session()
-
-
-def pulled_parts() -> dict[str, bytes]:
-    folder = snapshot(TARGET)
-    assert folder is not None
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.gguf"))}
-
-
-def contents(server: HubServer) -> list[tuple[str, str | None]]:
-    """(file, Range) of every request for content."""
-    return [
-        (path.rpartition("/")[2], span)
-        for method, path, span in server.requests
-        if method == "GET" and "/resolve/" in path
-    ]
+from tiny_hub import DATA, MACHINE, PARTS, TARGET, contents, pulled_parts
 
 
 def test_only_the_files_needed_and_all_parts(server: HubServer) -> None:
@@ -278,74 +207,6 @@ def test_a_hub_out_of_reach(server: HubServer, monkeypatch: pytest.MonkeyPatch) 
         pull("tiny", machine=MACHINE)
 
 
-def test_a_gated_repository_says_how_to_get_in(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.repositories[TARGET].gated = True
-    with pytest.raises(NotReady, match="is gated") as error:
-        pull("tiny", machine=MACHINE)
-    assert error.value.hint is not None
-    assert f"{server.url}/{TARGET}" in error.value.hint
-    assert "hf auth login" in error.value.hint
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    pull("tiny", machine=MACHINE)
-    assert pulled_parts() == PARTS
-
-
-def test_a_drafter_that_cannot_be_had_is_a_note(server: HubServer) -> None:
-    del server.repositories[DRAFT]
-    done = pull("tiny", machine=MACHINE)
-    assert any(DRAFT in note for note in done.notes)
-    with pytest.raises(DsparkError, match=r"is not on .*, or private"):
-        pull("tiny", Wish(drafter="dspark"), MACHINE)
-
-
-def test_names_nobody_has(server: HubServer) -> None:
-    with pytest.raises(BadInput, match="unknown model 'tinyy'") as error:
-        pull("tinyy", machine=MACHINE)
-    assert "tiny" in str(error.value.hint)
-    with pytest.raises(DsparkError, match="nobody/nothing is not on"):
-        pull("nobody/nothing", machine=MACHINE)
-
-
-def test_offline_asks_nothing(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(NotReady, match="no file of tiny is on this machine"):
-        obtain("tiny", Wish(), MACHINE)
-    with pytest.raises(NotReady, match="network is switched off"):
-        pull("tiny", machine=MACHINE)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert obtain("tiny", Wish(), MACHINE).drafter_path is not None
-    server.requests.clear()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert obtain("tiny", Wish(), MACHINE).drafter_path is not None
-    assert server.requests == []
-
-
-def test_a_revision_stays_pinned_until_update(server: HubServer) -> None:
-    pull("tiny", machine=MACHINE)
-    first = locked(TARGET)
-    assert first is not None
-    newer = {name: data[::-1] for name, data in PARTS.items()}
-    old = server.repositories[TARGET]
-    server.repositories[TARGET] = Repository(newer)
-    # The Hub keeps old commits; this stand-in does not, so a pinned pull of what is here must not need them.
-    assert obtain("tiny", Wish(), MACHINE).path.resolve().read_bytes() == PARTS["tiny-q4_k_m-00001-of-00003.gguf"]
-    with pytest.raises(DsparkError, match="no such revision"):
-        pull("tiny", machine=MACHINE)
-    pull("tiny", machine=MACHINE, update=True)
-    again = locked(TARGET)
-    assert again is not None
-    assert again.revision == server.repositories[TARGET].commit != old.commit
-    assert pulled_parts() == newer
-
-
-def test_a_repository_by_name(server: HubServer) -> None:
-    done = pull(TARGET, Wish(quant="Q8_0"), MACHINE)
-    assert done.choice.quant == "Q8_0"
-    assert resolve(TARGET, machine=MACHINE).path.name == "tiny-q8_0.gguf"
-    with pytest.raises(NotReady, match="not as Q6_K"):
-        pull(TARGET, Wish(quant="Q6_K"), MACHINE)
-
-
 def test_a_split_file_that_lacks_a_part(server: HubServer) -> None:
     files = dict(server.repositories[TARGET].files)
     del files["tiny-q4_k_m-00002-of-00003.gguf"]
@@ -370,127 +231,3 @@ def test_two_processes_do_not_collide(server: HubServer) -> None:
     assert pulled_parts() == PARTS
     # Each file crossed the network once: the second process waited for the first.
     assert server.sent == sum(map(len, PARTS.values())) + 300_000
-
-
-def test_disk_space_is_checked_before_the_first_byte(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage("/")._replace(free=download.SPARE_BYTES + 1_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(NotReady, match=r"needs 2 MB more on disk, .* has 68 MB free"):
-        pull("tiny", machine=MACHINE)
-    assert contents(server) == []
-
-
-def test_a_disk_that_fills_up_and_is_cleared(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = 900_000
-    real = download._write
-
-    def full(sink: Any, chunk: bytes) -> None:
-        nonlocal room
-        if room < len(chunk):
-            real(sink, chunk[:room])
-            room = 0
-            raise OSError(errno.ENOSPC, "No space left on device")
-        room -= len(chunk)
-        real(sink, chunk)
-
-    monkeypatch.setattr(download, "_write", full)
-    with pytest.raises(NotReady, match=r"is full: tiny-q4_k_m-00002-of-00003\.gguf lacks") as error:
-        pull("tiny", machine=MACHINE)
-    assert "continues where it stopped" in str(error.value.hint)
-    monkeypatch.setattr(download, "_write", real)
-    server.requests.clear()
-    pull("tiny", machine=MACHINE)
-    assert pulled_parts() == PARTS
-    spans = dict(contents(server))
-    assert (
-        spans["tiny-q4_k_m-00002-of-00003.gguf"] == f"bytes={900_000 - len(PARTS['tiny-q4_k_m-00001-of-00003.gguf'])}-"
-    )
-
-
-def test_a_cache_that_may_only_be_read(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may write anywhere, so a read-only mount is played by the error it gives."""
-    pull("tiny", machine=MACHINE)
-    real_open, real_mkdir = Path.open, Path.mkdir
-
-    def refuse(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if str(path).startswith(str(hub_cache())) and mode[0] in "wa":
-            raise OSError(errno.EROFS, "Read-only file system", str(path))
-        return real_open(path, mode, *args, **kwargs)
-
-    def no_mkdir(path: Path, *args: Any, **kwargs: Any) -> None:
-        if str(path).startswith(str(hub_cache())) and not path.exists():
-            raise OSError(errno.EROFS, "Read-only file system", str(path))
-        real_mkdir(path, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "open", refuse)
-    monkeypatch.setattr(Path, "mkdir", no_mkdir)
-    pull("tiny", machine=MACHINE, verify=True)  # everything is there: nothing must be written
-    assert obtain("tiny", Wish(), MACHINE).path.exists()
-    with pytest.raises(
-        NotReady, match=r"cannot be written \(Read-only file system\), and tiny-q8_0\.gguf is not in it"
-    ):
-        pull(TARGET, Wish(quant="Q8_0"), MACHINE)
-
-
-def test_rm_shows_and_frees(server: HubServer) -> None:
-    pull("tiny", machine=MACHINE)
-    shown = removal("tiny")
-    assert {item.repository: item.freed for item in shown} == {TARGET: sum(map(len, PARTS.values())), DRAFT: 300_000}
-    assert carry_out(shown) == sum(map(len, PARTS.values())) + 300_000
-    assert not [path for path in hub_cache().rglob("*") if path.is_file() and path.suffix == ".gguf"]
-    assert read_lock() == {}
-    with pytest.raises(DsparkError, match="nothing of tiny is on this disk"):
-        removal("tiny")
-    pull("tiny", machine=MACHINE)
-    assert pulled_parts() == PARTS
-
-
-def test_rm_keeps_what_another_revision_uses(server: HubServer) -> None:
-    pull("tiny", machine=MACHINE)
-    changed = dict(PARTS)
-    changed["tiny-q4_k_m-00003-of-00003.gguf"] = b"new" * 1000
-    server.repositories[TARGET] = Repository(changed)
-    pull("tiny", machine=MACHINE, update=True)
-    [target, _] = removal("tiny")
-    assert target.freed == 3000  # the other two parts belong to the older snapshot too
-
-
-def test_a_lock_file_that_is_damaged(server: HubServer) -> None:
-    from dspark_cli.registry.lock import lock_file
-
-    pull("tiny", machine=MACHINE)
-    lock_file().write_text("{ not json")
-    with pytest.raises(DsparkError, match="cannot be read") as error:
-        resolve("tiny", machine=MACHINE)
-    assert str(lock_file()) in str(error.value.hint)
-
-
-def test_pull_and_rm_from_the_command_line(server: HubServer, tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(hub_cache()), "HF_HUB_OFFLINE": "0"}
-
-    def dspark(*args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        command = [sys.executable, "-m", "dspark_cli", *args]
-        return subprocess.run(command, env=environment, input=stdin, capture_output=True, timeout=120, check=False)
-
-    done = dspark("pull", "tiny", "--json")
-    assert done.returncode == 0, done.stderr.decode()
-    facts = json.loads(done.stdout)
-    assert facts["drafter"] == DRAFT
-    assert len(facts["repositories"][0]["paths"]) == 3
-    assert b"hash checked" in done.stderr
-    row = json.loads(dspark("models", "tiny", "--json").stdout)
-    assert row["on_disk"] == {"Q4_K_M": sum(map(len, PARTS.values()))}
-    assert dspark("rm", "tiny").returncode == 2  # nobody there to say yes
-    assert f"{DRAFT}: 1 files, 0 MB".encode() in dspark("rm", "tiny", "--dry-run").stdout
-    freed = json.loads(dspark("rm", "tiny", "--yes", "--json").stdout)
-    assert freed["freed_bytes"] == sum(map(len, PARTS.values())) + 300_000
-    gone = dspark("pull", "tiny", "--offline")
-    assert gone.returncode == 3
-    assert b"switched off" in gone.stderr
-
-
-def test_the_entry_of_the_users_own_file_is_merged(server: HubServer) -> None:
-    assert find("TINY").gguf == TARGET
-    listing = hub.list_files(TARGET)
-    assert list(hub.quants_in(listing)) == ["Q8_0", "Q4_K_M"]
-    pull_files(listing, hub.gguf_parts(listing, None, "Q8_0"))

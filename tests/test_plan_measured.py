@@ -66,6 +66,29 @@ def test_a_small_model_as_drafter(embedded_gguf: Path, tmp_path: Path) -> None:
     check(measure(embedded_gguf, 2048, small))
 
 
+def test_a_checkpoint_through_torch(tmp_path: Path) -> None:
+    """A llama of 112M random weights in bfloat16, computed on the CPU."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("dspark_cli.backends.torch.target", reason="this version opens no checkpoint as a target")
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import tiny
+
+    config = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=10,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny.save_tokenizer(tmp_path)
+    check(measure(tmp_path, 1024))
+
+
 def write_llama(
     path: Path, vocabulary_of: Path, *, n_embd: int, n_layer: int, n_ff: int, n_head: int, n_head_kv: int
 ) -> Path:

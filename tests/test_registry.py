@@ -81,13 +81,22 @@ def test_entries_are_whole(entry: Entry) -> None:
         (GOOD.replace("family", "famly"), 3, "famly of model 'mine': unknown key, did you mean 'family'?"),
         (GOOD + "n_layer = -1\n", 6, "n_layer of model 'mine': greater than 0 (found -1)"),
         (GOOD + "gguf_files = { Q4_K_M = 7 }\n", 6, "gguf_files.Q4_K_M"),
+        (GOOD + "gguf_files = [1]\n", 6, "gguf_files of model 'mine': a valid table (found [1])"),
+        (GOOD + 'gguf_files = { Q4_K_X = "a.gguf" }\n', 6, "gguf_files of model 'mine': unknown format 'Q4_K_X'"),
+        (GOOD.replace('gguf = "me/mine-GGUF"\n', ""), 1, "model 'mine': needs gguf or safetensors"),
         (GOOD + 'aliases = ["a b"]\n', 6, "aliases.1 of model 'mine'"),
         (GOOD + '[[model.drafter]]\nkind = "magic"\nformat = "gguf"\n', 7, "drafter.1.kind of model 'mine'"),
+        (
+            GOOD + '[[model.drafter]]\nkind = "dspark"\nformat = "gguf"\n',
+            6,
+            "drafter.1 of model 'mine': needs repository",
+        ),
         (GOOD + '[[model.drafter]]\nkind = "dspark"\n', 6, "drafter.1.format of model 'mine': is missing"),
         (
             GOOD
-            + '[[model.drafter]]\nkind = "dspark"\nformat = "gguf"\n[[model.drafter]]\nkind = "dflash"\nformat = "bin"\n',
-            11,
+            + '[[model.drafter]]\nkind = "dspark"\nformat = "gguf"\nrepository = "a/b"\n'
+            + '[[model.drafter]]\nkind = "dflash"\nformat = "bin"\n',
+            12,
             "drafter.2.format of model 'mine'",
         ),
         (

@@ -70,18 +70,18 @@ TABLE: dict[tuple[str, str], tuple[str, str, str | None] | None] = {
     ("8 GB CPU", "qwen2.5-14b"): None,
     ("16 GB CPU", "qwen2.5-14b"): ("Q4_K_M", "cpu", "small"),
     ("64 GB CPU", "qwen2.5-14b"): ("Q4_K_M", "cpu", "small"),
-    # 4.0B with its DSpark drafter of 1B in bf16 (2 GB)
-    ("8 GB GPU", "qwen3-4b"): ("Q6_K", "CUDA0", "dspark"),
+    # 4.0B with its DSpark drafter of 1B, which runs as a Q8_0 copy (1.1 GB)
+    ("8 GB GPU", "qwen3-4b"): ("Q8_0", "CUDA0", "dspark"),
     ("12 GB GPU", "qwen3-4b"): ("Q8_0", "CUDA0", "dspark"),
     ("8 GB CPU", "qwen3-4b"): ("Q4_K_M", "cpu", "dspark"),
     ("16 GB Mac", "qwen3-4b"): ("Q8_0", "Metal", "dspark"),
-    # 8.2B with a drafter of 2B in bf16 (4 GB)
-    ("12 GB GPU", "qwen3-8b"): ("Q5_K_M", "CUDA0", "dspark"),
+    # 8.2B with a drafter of 2B (2.1 GB)
+    ("12 GB GPU", "qwen3-8b"): ("Q6_K", "CUDA0", "dspark"),
     ("16 GB GPU", "qwen3-8b"): ("Q8_0", "CUDA0", "dspark"),
     ("24 GB ROCm", "qwen3-8b"): ("Q8_0", "ROCm0", "dspark"),
-    # 14.8B with a drafter of 3B in bf16 (6 GB)
-    # 9.0 + 6.0 GB and buffers are more than 16 GB holds: better all of the target on the GPU, without the drafter
-    ("16 GB GPU", "qwen3-14b"): ("Q6_K", "CUDA0", None),
+    # 14.8B with a drafter of 3B (3.2 GB)
+    ("12 GB GPU", "qwen3-14b"): ("Q5_K_M", "CUDA0", None),
+    ("16 GB GPU", "qwen3-14b"): ("Q5_K_M", "CUDA0", "dspark"),
     ("24 GB GPU", "qwen3-14b"): ("Q8_0", "CUDA0", "dspark"),
     ("48 GB GPU", "qwen3-14b"): ("Q8_0", "CUDA0", "dspark"),
     ("64 GB Mac", "qwen3-14b"): ("Q8_0", "Metal", "dspark"),
@@ -90,8 +90,10 @@ TABLE: dict[tuple[str, str], tuple[str, str, str | None] | None] = {
     ("24 GB GPU", "qwen2.5-32b"): ("Q4_K_M", "CUDA0", "small"),
     ("80 GB GPU", "qwen2.5-32b"): ("Q8_0", "CUDA0", "small"),
     ("16 GB CPU", "qwen2.5-32b"): None,
+    # its drafters have blocks of their own, which libllama has no graph for
+    ("16 GB GPU", "gemma-4-12b"): ("Q8_0", "CUDA0", None),
     # full precision only, and nothing here drives torch on a GPU
-    ("24 GB GPU", "gemma-4-12b"): None,
+    ("24 GB GPU", "minicpm5-2b"): None,
 }
 
 
@@ -186,6 +188,36 @@ class TestWishes:
         assert found.drafter.format == "gguf"
         assert any("pip install 'dspark[torch]'" in note for note in found.notes)
         assert choose(find("qwen3-14b"), cpu(64, torch=False)).drafter is None
+
+    def test_a_drafter_runs_where_its_target_runs(self) -> None:
+        """Beside GGUF: GGUF, or a checkpoint that can become one. Beside a checkpoint: a checkpoint."""
+        both = gpu(80, runs=("llamacpp", "torch"))
+        for entry in load_models().values():
+            for backend in ("llamacpp", "torch"):
+                try:
+                    found = choose(entry, both, Wish(backend="llamacpp" if backend == "llamacpp" else "cuda"))
+                except NotReady:
+                    continue
+                if found.drafter is not None and found.backend == "torch":
+                    assert found.drafter.format == "safetensors", entry.name
+                elif found.drafter is not None and found.drafter.format == "safetensors":
+                    assert found.drafter.kind in ("dspark", "dflash"), entry.name
+                    assert found.entry.family != "gemma4"
+
+    def test_drafters_that_run_through_torch_only(self) -> None:
+        found = choose(find("gemma-4-12b"), MACHINES["24 GB GPU"])
+        assert found.drafter is None
+        assert any("through torch beside a GGUF target: --drafter dspark asks for it" in note for note in found.notes)
+        asked = choose(find("qwen3-8b"), MACHINES["24 GB GPU"], Wish(drafter="eagle3"))
+        assert asked.drafter is not None
+        assert asked.drafter.kind == "eagle3"
+        with pytest.raises(BadInput, match=r"the eagle3 drafter of qwen3-8b cannot run here \(.*needs torch"):
+            choose(find("qwen3-8b"), cpu(64, torch=False), Wish(drafter="eagle3"))
+        torch = choose(find("gemma-4-12b"), gpu(48, runs=("torch",)))
+        assert torch.drafter is not None
+        assert torch.drafter.kind == "dspark"
+        assert torch.plan.drafter is not None
+        assert torch.plan.drafter.weights == 6_900_000_000
 
     def test_no_drafter_and_lookup(self) -> None:
         for word in ("none", "lookup"):

@@ -31,6 +31,9 @@ def save_drafter(
     weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()}
     if "d2t" in weights:
         weights["d2t"] = weights["d2t"] - torch.arange(len(weights["d2t"]))
+    tied = weights.get("lm_head.weight")
+    if tied is not None and tied.data_ptr() == weights.get("embed_tokens.weight", tied[:0]).data_ptr():
+        weights["lm_head.weight"] = tied.clone()  # the format knows no shared memory, and published drafters hold both
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "model.safetensors.part"
     save_file({key: value.contiguous() for key, value in weights.items()}, partial, metadata={"format": "pt"})

@@ -17,6 +17,10 @@ from dspark_cli.cli import options as o
 from dspark_cli.cli.errors import report
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from dspark_cli.backends.pairing import Finding, TargetFacts
     from dspark_cli.registry.plan import MemoryPlan
     from dspark_cli.registry.resolve import Resolved
 
@@ -137,6 +141,7 @@ def pair(
     try:
         found, plan = o.find_pair(options, download=False)
         facts |= {"plan": plan.as_dict(), "plan_lines": plan_lines(plan), "notes": list(found.notes)}
+        facts["notes"] += o.cautions_about(found, options)
         facts["checks"] = check_pair(found, drafter)
         with o.load(options, found, plan) as session:
             info = session.target.info
@@ -166,7 +171,7 @@ def choice(model: str, drafter: str, ctx: int | None, quant: str | None) -> dict
         )
     except DsparkError:
         return {}
-    where = best.drafter and (best.drafter.repository or best.drafter.builtin)
+    where = drafter if o.is_path(drafter) else best.drafter and (best.drafter.repository or best.drafter.builtin)
     chosen = f"{best.quant} by {best.backend} on {best.plan.device.name}, drafter {where or 'lookup'}"
     return {
         "choice": chosen,
@@ -177,20 +182,38 @@ def choice(model: str, drafter: str, ctx: int | None, quant: str | None) -> dict
 
 
 def check_pair(found: Resolved, drafter: str) -> list[dict[str, Any]]:
-    """Every finding about a GGUF pair, good or bad; [] where there is no block drafter."""
+    """Every finding about a GGUF target and its model drafter, good or bad; [] where there is none."""
     from pathlib import Path
 
     from dspark_cli.backends.llamacpp.header import read_header
-    from dspark_cli.backends.pairing import findings, gguf_drafter, gguf_target
+    from dspark_cli.backends.pairing import gguf_target
 
     path = Path(drafter).expanduser() if o.is_path(drafter) else found.drafter_path
-    if path is None or path.is_dir() or found.path.is_dir():
+    if path is None or found.path.is_dir():
         return []
-    header = read_header(path)
-    if header.architecture != "dflash":
-        return []
-    target = gguf_target(read_header(found.path), found.path.name)
-    return [asdict(finding) for finding in findings(gguf_drafter(header, path, target), target)]
+    return [
+        asdict(finding) for finding in _findings(path, gguf_target(read_header(found.path), found.path.name), found)
+    ]
+
+
+def _findings(path: Path, target: TargetFacts, found: Resolved) -> Iterator[Finding]:
+    from dspark_cli.backends.llamacpp.header import read_header
+    from dspark_cli.backends.llamacpp.model import Model, tokens_agree
+    from dspark_cli.backends.pairing import Finding, findings, gguf_findings
+
+    if path.is_dir():
+        from dspark_cli.backends.torch.checkpoint import facts_of
+        from dspark_cli.backends.torch.dialects import read_config
+
+        yield from findings(facts_of(read_config(path), path.name), target)
+        return
+    if read_header(path).architecture == "dflash":
+        yield from gguf_findings(path, target)
+    ours, theirs = Model(found.path, vocab_only=True), Model(path, vocab_only=True)
+    agree, difference = tokens_agree(ours, theirs)
+    yield Finding("token texts", f"{theirs.n_vocab} (target {ours.n_vocab})", None if agree else difference)
+    ours.close()
+    theirs.close()
 
 
 def plan_lines(plan: MemoryPlan) -> list[str]:
@@ -245,7 +268,8 @@ def _print(facts: dict[str, Any]) -> None:
         f"{m['memory_free_bytes'] / 1e9:.1f} of {m['memory_bytes'] / 1e9:.1f} GB free"
     )
     for device in facts["devices"]:
-        echo(f"device     {device['name']}: {device['description']}, {device['free_bytes'] / 1e9:.1f} GB free")
+        free = "" if device["name"] == "CPU" else f", {device['free_bytes'] / 1e9:.1f} GB free"
+        echo(f"device     {device['name']}: {device['description']}{free}")
     if not any(d["name"] != "CPU" for d in facts["devices"]) and not facts["torch"]["devices"]:
         echo("device     no GPU that llama.cpp or torch was built for: everything runs on the CPU")
     for name, number in facts["libraries"].items():

@@ -25,9 +25,12 @@ def models(
     """
     from dspark_cli.registry import find, load_models
     from dspark_cli.registry.devices import this_machine
+    from dspark_cli.registry.resolve import is_repository, pulled_entry
 
     machine = this_machine()
-    entries = [find(name)] if name is not None else list(load_models().values())
+    entries = list(load_models().values())
+    if name is not None:
+        entries = [pulled_entry(name) if is_repository(name) else find(name)]
     rows = [row for row in (_row(entry, machine) for entry in entries) if row["fits"] or not fits]
     if json:
         typer.echo(json_.dumps(rows[0] if name is not None and rows else rows, ensure_ascii=False, default=str))
@@ -40,7 +43,7 @@ def models(
 
 def _row(entry: Entry, machine: Machine) -> dict[str, Any]:
     from dspark_cli.backends.errors import DsparkError
-    from dspark_cli.registry.choose import Wish, choose, fitting, quants
+    from dspark_cli.registry.choose import UNKNOWN, Wish, choose, fitting, quants
     from dspark_cli.registry.quants import FULL_PRECISION
 
     here = entry.on_disk()
@@ -59,7 +62,7 @@ def _row(entry: Entry, machine: Machine) -> dict[str, Any]:
         "name": entry.name,
         "aliases": list(entry.aliases),
         "family": entry.family,
-        "parameters": entry.parameters,
+        "parameters": None if entry.family == UNKNOWN else entry.parameters,
         "context": entry.context,
         "licence": entry.licence,
         "thinking": entry.thinking,
@@ -87,10 +90,18 @@ def _bytes_on_disk(path: Any) -> int:
     return sum((path.parent / part).stat().st_size for part in parts_of(path.name))
 
 
-def _drafter_words(row: dict[str, Any]) -> str:
+def _cells(row: dict[str, Any], machine: Machine) -> list[str]:
+    """One line of the table."""
+    from dspark_cli.registry.plan import size
+
+    best, fits = row["best"], "-"
+    if best:
+        fits = f"{best['quant']} {size(best['plan']['total_bytes'])}"
+        fits += f", {best['plan']['device']}" if machine.accelerators else ""
     kinds = dict.fromkeys(d["kind"] for d in row["drafters"] if d["usable"])
     taus = [max(d["accepted_length"].values()) for d in row["drafters"] if d["accepted_length"]]
-    return (", ".join(kinds) or "lookup") + (f" (tau up to {max(taus):.1f})" if taus else "")
+    tau = f"{max(taus):.1f}" if taus else ""
+    return [row["name"], row["parameters"], fits, ", ".join(row["on_disk"]) or "-", ", ".join(kinds) or "lookup", tau]
 
 
 def _print_table(rows: list[dict[str, Any]], machine: Machine) -> None:
@@ -99,19 +110,21 @@ def _print_table(rows: list[dict[str, Any]], machine: Machine) -> None:
 
     from dspark_cli.registry.plan import size
 
-    table = Table("name", "size", "fits here as", "on disk", "drafters", box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("name", "size", "fits here as", "on disk", "drafters", "tau"):
+        table.add_column(heading, no_wrap=heading in ("name", "fits here as"))
     for row in rows:
-        here = ", ".join(f"{quant} ({size(n_bytes)})" for quant, n_bytes in row["on_disk"].items())
-        best = row["best"]
-        fits = f"{best['quant']} ({size(best['plan']['total_bytes'])}, {best['plan']['device']})" if best else "-"
-        table.add_row(row["name"], row["parameters"], fits, here or "-", _drafter_words(row))
+        table.add_row(*_cells(row, machine))
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a pipe has no edge to wrap at
     console.print(table)
     devices = ", ".join(f"{d.name} {size(d.usable)}" for d in (*machine.accelerators, machine.cpu))
     console.print(
-        f"Usable now: {devices}. `dspark models NAME` says everything about one.", style="dim", highlight=False
+        f"Fits: with its drafter and context, of what can be used now: {devices}. tau: tokens a round as published. "
+        "`dspark models NAME` says everything about one.",
+        style="dim",
+        highlight=False,
     )
     for row in rows:
         if row["note"]:
@@ -122,7 +135,8 @@ def _print_one(row: dict[str, Any]) -> None:
     from dspark_cli.registry.plan import size
 
     echo = typer.echo
-    echo(f"{row['name']} ({row['parameters']}, {row['family']}; {', '.join(row['aliases']) or 'no aliases'})")
+    about = f"{row['parameters']}, {row['family']}; {', '.join(row['aliases']) or 'no aliases'}"
+    echo(f"{row['name']} ({about if row['parameters'] else 'not in models.toml'})")
     for key in ("licence", "context", "thinking", "gguf", "safetensors", "source", "note"):
         if row[key]:
             mark = " (not confirmed)" if key in row["unconfirmed"] else ""

@@ -23,6 +23,10 @@ def make_report() -> Bars | Lines:
 class Lines:
     """A line when a file begins, every ten seconds, and when it ends."""
 
+    def expect(self, files: int, total: int, have: int) -> None:
+        here = f", {size(have)} of it here" if have else ""
+        self.say(f"{files} file{'' if files == 1 else 's'}, {size(total)}{here}")
+
     def __init__(self) -> None:
         self._name, self._total, self._have, self._last = "", 0, 0, 0.0
 
@@ -75,16 +79,16 @@ class Bars:
         self._tasks: dict[str, Any] = {}
         self._all: Any = None
 
+    def expect(self, files: int, total: int, have: int) -> None:
+        self._all = self._progress.add_task("total", total=total, completed=have)
+
     def begin(self, name: str, total: int, have: int) -> None:
-        if self._all is None:
-            self._all = self._progress.add_task("total", total=0)
-        known = self._progress.tasks[self._all]
-        self._progress.update(self._all, total=(known.total or 0) + total, completed=known.completed + have)
         self._tasks[name] = self._progress.add_task(name, total=total, completed=have)
 
     def advance(self, name: str, n_bytes: int) -> None:
         self._progress.advance(self._tasks[name], n_bytes)
-        self._progress.advance(self._all, n_bytes)
+        if self._all is not None:
+            self._progress.advance(self._all, n_bytes)
 
     def end(self, name: str) -> None:
         self._progress.stop_task(self._tasks[name])

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json as json_
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dspark_cli.backends.errors import BadInput
+from dspark_cli.backends.errors import BadInput, DsparkError
 from dspark_cli.cli import options as o
+
+if TYPE_CHECKING:
+    from dspark_cli.registry.choose import Wish
+    from dspark_cli.registry.obtain import Obtained
+    from dspark_cli.registry.plan import MemoryPlan
 
 
 def pull(
@@ -39,9 +44,14 @@ def pull(
     if looks_like_path(model):
         raise BadInput(f"{model} is a path: only names and Hub repositories can be pulled", hint="dspark models")
     wish = o.wish(quant=quant, backend=backend, drafter=drafter, ctx=ctx)
-    with make_report() as report:
-        done = pull_pair(model, wish, report=report, revision=revision, update=update, verify=True)
+    try:
+        with make_report() as report:
+            done = pull_pair(model, wish, report=report, revision=revision, update=update, verify=True)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped: the same command continues where it is", err=True)
+        raise
     choice = done.choice
+    plan, notes = _plan_of_files(model, wish, done)
     if json:
         facts = {
             "model": choice.entry.name,
@@ -49,8 +59,8 @@ def pull(
             "quant": choice.quant,
             "drafter": choice.drafter.repository if choice.drafter else None,
             "repositories": [{**vars(item), "paths": [str(path) for path in item.paths]} for item in done.pulled],
-            "plan": choice.plan.as_dict(),
-            "notes": done.notes,
+            "plan": plan.as_dict(),
+            "notes": notes,
         }
         typer.echo(json_.dumps(facts, ensure_ascii=False))
         return
@@ -61,6 +71,19 @@ def pull(
         )
     if not done.pulled:
         typer.echo(f"{choice.entry.name} is installed with the package {choice.entry.package}")
-    typer.echo(f"plan: {choice.plan.line()}")
-    for note in done.notes:
+    typer.echo(f"plan: {plan.line()}")
+    for note in notes:
         typer.echo(f"note: {note}")
+
+
+def _plan_of_files(model: str, wish: Wish, done: Obtained) -> tuple[MemoryPlan, list[str]]:
+    """The plan from the headers of what is here now, and the notes that still hold; else the estimate and why."""
+    from dspark_cli.registry.devices import this_machine
+    from dspark_cli.registry.resolve import plan_for, resolve
+
+    machine = this_machine()
+    try:
+        found = resolve(model, wish.quant, wish, machine)
+        return plan_for(found, machine, wish.options), list(found.noting(done.happened).notes)
+    except DsparkError as error:
+        return done.choice.plan, [*done.choice.notes, *done.happened, f"the plan is an estimate: {error}"]

@@ -29,7 +29,9 @@ def rm(
     total = sum(item.freed for item in found)
     if not json:
         for item in found:
-            typer.echo(f"{item.repository}: {len(item.links)} files, {size(item.freed)}")
+            files = f"{len(item.links)} file{'' if len(item.links) == 1 else 's'}"
+            shared = f" (also the files of {', '.join(item.shared)})" if item.shared else ""
+            typer.echo(f"{item.repository}: {files}, {size(item.freed)}{shared}")
         typer.echo(f"{'total' if found else 'nothing was pulled yet:'} {size(total)}")
     delete = model is not None and not dry_run
     if delete and not yes:

@@ -10,7 +10,7 @@ What is on this disk goes before what would have to be downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
@@ -20,6 +20,8 @@ from dspark_cli.registry.schema import Entry, KnownDrafter
 
 #: on a CPU, first to last
 CPU_ORDER = ("Q4_K_M", "Q4_0", "Q4_1", "Q4_K_S", "IQ4_XS", "Q5_K_M", "Q3_K_M", "Q6_K", "Q8_0", "Q2_K", "F16")
+#: family of targets that models.toml does not know
+UNKNOWN = "unknown"
 #: --backend words that are kinds of devices
 DEVICE_KINDS = ("cuda", "rocm", "metal", "vulkan", "cpu")
 
@@ -78,25 +80,25 @@ def choose(entry: Entry, machine: Machine, wish: Wish | None = None) -> Resoluti
     candidates = _candidates(entry, machine, wish)
     if not candidates:
         raise _no_candidate(entry, machine, wish)
-    drafter, notes = _drafter(entry, machine, wish)
-    drafters = [drafter, None] if drafter is not None and wish.drafter == "auto" else [drafter]
+    drafters = _drafters(entry, machine, wish, [candidate.backend for candidate in candidates])
+    nothing = dict.fromkeys(drafters, NO_DRAFTER)
+    attempts = [drafters, nothing] if drafters != nothing and wish.drafter == "auto" else [drafters]
     usual = wish.options.ctx or min(entry.context or DEFAULT_CTX, DEFAULT_CTX)
     full = replace(wish, options=replace(wish.options, ctx=usual))
     for place in (_whole, _partly, _on_cpu):
-        for options, attempt in ((o, d) for o in (full, wish) for d in drafters):
-            plans = [(c, _plan(entry, c, attempt, machine, options)) for c in candidates if pairs(c.format, attempt)]
+        for options, attempt in ((o, d) for o in (full, wish) for d in attempts):
+            able = [c for c in candidates if _is_pair(c, attempt, wish)]
+            plans = [(c, _plan(entry, c, attempt[c.backend].drafter, machine, options)) for c in able]
             fits = [(c, plan) for c, plan in plans if plan.fits and place(plan)]
             if place is _partly:
                 fits.sort(key=lambda found: -found[1].gpu_layers / found[1].n_layer)
             if fits:
-                left_out = () if attempt is drafter else (_left_out(drafter),)
-                return _resolution(entry, *fits[0], attempt, (*notes, *left_out, *fits[0][1].notes))
-    raise _too_small(entry, candidates, drafter, machine, wish)
-
-
-def pairs(form: str, drafter: KnownDrafter | None) -> bool:
-    """Whether a drafter can serve a target of this format: one in GGUF cannot serve a checkpoint, the reverse works."""
-    return form != "safetensors" or drafter is None or drafter.format == "safetensors"
+                chosen, plan = fits[0]
+                found, wanted = attempt[chosen.backend].drafter, drafters[chosen.backend]
+                left_out = () if found is wanted.drafter else (_left_out(wanted.drafter),)
+                notes = (*wanted.notes, *left_out, *plan.notes)
+                return _resolution(entry, chosen, plan, found, notes, wish.here)
+    raise _too_small(entry, candidates, machine, wish)
 
 
 def fitting(entry: Entry, machine: Machine) -> dict[str, MemoryPlan]:
@@ -154,29 +156,74 @@ def _preference(device: Device) -> Callable[[str], tuple[bool, int]]:
     return on_cpu if device.kind == "cpu" else elsewhere
 
 
-def _drafter(entry: Entry, machine: Machine, wish: Wish) -> tuple[KnownDrafter | None, list[str]]:
-    """The drafter this machine can run, with what there is to say about it."""
-    notes = [] if _has_block_drafter(entry) or wish.drafter == "none" else [no_block_drafter(entry)]
-    if wish.drafter in ("none", "lookup") or wish.drafter not in ("auto", "dspark", "dflash", "eagle3", "small"):
-        return None, notes  # a path is looked at when it is loaded
+def _is_pair(candidate: _Candidate, attempt: dict[str, _Drafting], wish: Wish) -> bool:
+    """Left to `auto`, a checkpoint that no drafter can serve gives way to a GGUF that one can (Qwen2.5: small models)."""
+    served = any(drafting.drafter for drafting in attempt.values())
+    return candidate.backend != "torch" or wish.backend == "torch" or not served or bool(attempt["torch"].drafter)
+
+
+@dataclass(frozen=True)
+class _Drafting:
+    """A drafter that can run, or None, with what there is to say about it."""
+
+    drafter: KnownDrafter | None = None
+    notes: tuple[str, ...] = ()
+
+
+NO_DRAFTER = _Drafting()
+
+
+def _drafters(entry: Entry, machine: Machine, wish: Wish, backends: Iterable[str]) -> dict[str, _Drafting]:
+    """The first drafter for the target on each backend. Raises BadInput when the kind asked for runs on none of them."""
+    if wish.drafter not in ("auto", "dspark", "dflash", "eagle3", "small"):
+        return dict.fromkeys(
+            backends, NO_DRAFTER
+        )  # none and lookup need nothing, a path is looked at when it is loaded
+    found = {backend: _drafter(entry, machine, wish, backend) for backend in backends}
+    if wish.drafter == "auto" or any(drafting.drafter for drafting in found.values()):
+        return found
+    kinds = list(dict.fromkeys(d.kind for d in entry.drafter if d.usable))
+    known = (
+        f"the {wish.drafter} drafter of {entry.name} cannot run here"
+        if wish.drafter in kinds
+        else (f"no {wish.drafter} drafter is known for {entry.name}; known: {', '.join(kinds) or 'none but lookup'}")
+    )
+    why = next((note for drafting in found.values() for note in drafting.notes), "")
+    raise BadInput(
+        known + (f" ({why})" if why else ""),
+        hint="--drafter lookup, or --drafter PATH",
+    )
+
+
+def _drafter(entry: Entry, machine: Machine, wish: Wish, backend: str) -> _Drafting:
+    notes = [] if _has_block_drafter(entry) else [no_block_drafter(entry)]
     for drafter in entry.drafter:
-        if not drafter.usable or wish.drafter not in ("auto", drafter.kind):
+        if not drafter.usable or wish.drafter not in ("auto", drafter.kind) or (drafter.builtin and not drafter.path):
             continue
-        if drafter.builtin and drafter.path is None:
-            continue
-        if drafter.format == "safetensors" and not machine.torch:
-            if not any("needs torch" in note for note in notes):
-                notes.append(f"{drafter.repository} needs torch: pip install 'dspark[torch]'")
-            continue
-        return drafter, notes
-    if wish.drafter != "auto":
-        known = ", ".join(dict.fromkeys(d.kind for d in entry.drafter if d.usable)) or "none but lookup"
-        needs = f" ({notes[-1]})" if notes else ""
-        raise BadInput(
-            f"no {wish.drafter} drafter is known for {entry.name}; known: {known}{needs}",
-            hint="--drafter lookup, or --drafter PATH",
-        )
-    return None, notes
+        problem = _cannot_run(entry, drafter, backend, machine, asked=wish.drafter == drafter.kind)
+        if problem is None:
+            return _Drafting(drafter, tuple(notes))
+        if problem and not any(problem.partition(":")[0].partition(" ")[2] in note for note in notes):
+            notes.append(problem)
+    return _Drafting(None, tuple(notes))
+
+
+def _cannot_run(entry: Entry, drafter: KnownDrafter, backend: str, machine: Machine, *, asked: bool) -> str | None:
+    """Why a drafter is not taken beside a target on `backend`, "" where that is nothing to tell; None if it is.
+
+    Beside GGUF a checkpoint runs as its copy; one without a form as GGUF runs through torch on the CPU: only if `asked` for.
+    """
+    if backend == "torch":
+        return None if drafter.format == "safetensors" else ""
+    if drafter.format == "gguf":
+        return None
+    if drafter.kind == "small":
+        return ""
+    if not machine.torch:
+        return f"{drafter.repository} needs torch: pip install 'dspark[torch]'"
+    if not asked and not entry.has_gguf_form(drafter):
+        return f"{drafter.repository} runs through torch beside a GGUF target: --drafter {drafter.kind} asks for it"
+    return None
 
 
 def _has_block_drafter(entry: Entry) -> bool:
@@ -185,12 +232,14 @@ def _has_block_drafter(entry: Entry) -> bool:
 
 def no_block_drafter(entry: Entry) -> str:
     """The plain statement that a target has no drafter of its own, and what would change that."""
+    if entry.family == UNKNOWN:
+        return f"no drafter is known for {entry.name}: it drafts by lookup; --drafter PATH takes one"
     small = next((drafter.repository for drafter in entry.drafter if drafter.kind == "small"), None)
     instead = f"it drafts with {small} and lookup" if small else "it drafts by lookup"
     relative = f"; {entry.sibling} has one" if entry.sibling else ""
     return (
         f"no DSpark drafter is published for {entry.name}: {instead}. "
-        f"What would change that: training one (`dspark train {entry.name}`, which this version cannot do yet){relative}"
+        f"What would change that: training one (`dspark train {entry.name}`){relative}"
     )
 
 
@@ -198,7 +247,7 @@ def _plan(
     entry: Entry, candidate: _Candidate, drafter: KnownDrafter | None, machine: Machine, wish: Wish
 ) -> MemoryPlan:
     options = wish.options
-    beside = entry.drafter_size(drafter) if drafter is not None else LOOKUP
+    beside = entry.drafter_size(drafter, candidate.backend) if drafter is not None else LOOKUP
     target = entry.size_at(candidate.quant)
     if options.ctx and entry.context and options.ctx > entry.context:
         raise BadInput(f"--ctx {options.ctx} is more than the {entry.context} tokens {entry.name} was trained on")
@@ -221,14 +270,19 @@ def _on_cpu(plan: MemoryPlan) -> bool:
 
 
 def _resolution(
-    entry: Entry, candidate: _Candidate, plan: MemoryPlan, drafter: KnownDrafter | None, notes: Sequence[str]
+    entry: Entry,
+    candidate: _Candidate,
+    plan: MemoryPlan,
+    drafter: KnownDrafter | None,
+    notes: Sequence[str],
+    here: Sequence[str],
 ) -> Resolution:
     if candidate.format == "safetensors":
         repository, file = entry.safetensors, None
     else:
         listed = entry.gguf_files.get(candidate.quant)
         repository, file = entry.gguf, listed.file if listed else None
-    if not entry.shape_known:
+    if not entry.shape_known and candidate.quant not in here:
         notes = (
             *notes,
             f"the shape of {entry.name} is not in models.toml: the plan is an estimate until its file is here",
@@ -266,9 +320,7 @@ def _no_candidate(entry: Entry, machine: Machine, wish: Wish) -> DsparkError:
     )
 
 
-def _too_small(
-    entry: Entry, candidates: Sequence[_Candidate], drafter: KnownDrafter | None, machine: Machine, wish: Wish
-) -> NotReady:
+def _too_small(entry: Entry, candidates: Sequence[_Candidate], machine: Machine, wish: Wish) -> NotReady:
     """The numbers of the smallest that was tried, and the largest thing that would fit."""
     plans = [_plan(entry, candidate, None, machine, wish) for candidate in candidates]
     smallest = min(plans, key=lambda plan: plan.total)

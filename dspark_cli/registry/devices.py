@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from dspark_cli.registry.choose import Machine
@@ -73,6 +74,7 @@ def torch_looks_whole() -> bool:
     return any((folder / "version.py").exists() and any(folder.glob("_C*")) for folder in folders)
 
 
+@cache
 def torch_problem() -> str | None:
     """Why torch cannot be imported, in one line; None if it can, or is not installed. Asked in a process of its own."""
     if importlib.util.find_spec("torch") is None or "torch" in sys.modules:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspark_cli.registry.quants import parts_of, quant_of, rank, whole_name
+from dspark_cli.registry.quants import is_target_file, parts_of, quant_of, rank, whole_name
 
 if TYPE_CHECKING:
     from dspark_cli.registry.schema import Entry
@@ -72,7 +72,9 @@ def cached_quants(entry: Entry) -> dict[str, Path]:
             found[quant] = path
     for repository in repositories(entry):
         for name, path in gguf_files(snapshot(repository)).items():
-            found.setdefault(quant_of(name) or "unknown", path)
+            named = quant_of(name)
+            if named and is_target_file(name):
+                found.setdefault(named, path)
     return dict(sorted(found.items(), key=lambda item: rank(item[0])))
 
 

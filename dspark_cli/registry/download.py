@@ -31,6 +31,9 @@ SPARE_BYTES = 64 << 20
 class Report(Protocol):
     """Who wants to know how far it is."""
 
+    def expect(self, files: int, total: int, have: int) -> None:
+        """Before the first file: how many there are, their bytes, and how many of these are here already."""
+
     def begin(self, name: str, total: int, have: int) -> None:
         """A file of `total` bytes, `have` of them here already."""
 
@@ -45,6 +48,8 @@ class Report(Protocol):
 
 class Silent:
     """A report that nobody reads."""
+
+    def expect(self, files: int, total: int, have: int) -> None: ...
 
     def begin(self, name: str, total: int, have: int) -> None: ...
 
@@ -97,18 +102,37 @@ class _Store:
         return 0
 
 
+Job = tuple[Listing, Sequence[RemoteFile]]
+
+
+def check_space(jobs: Sequence[Job], report: Report | None = None) -> None:
+    """Refuse before the first byte what cannot fit (NotReady with the numbers); tell `report` what is ahead."""
+    sizes = [(file.size, _Store(listing).have(file)) for listing, files in jobs for file in files]
+    total, have = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
+    folder = next(path for path in (hub_cache(), *hub_cache().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if total > have and total - have + SPARE_BYTES > free:
+        names = " and ".join(listing.repository for listing, _ in jobs)
+        raise NotReady(
+            f"{names} need{'s' if len(jobs) == 1 else ''} {size(total - have)} more on disk, {folder} has {size(free)} free"
+            f" ({size(SPARE_BYTES)} stay so)",
+            hint="`dspark rm` shows what can go; HF_HUB_CACHE=/other/disk puts the cache elsewhere",
+        )
+    if report is not None:
+        report.expect(len(sizes), total, have)
+
+
 def pull_files(
     listing: Listing, wanted: Sequence[RemoteFile], report: Report | None = None, *, verify: bool = True
 ) -> Pulled:
-    """Bring `wanted` here and record them in the lock file.
+    """Bring `wanted` here and record them in the lock file. `check_space` comes first.
 
     verify: also hash files that are here already; one that is damaged is fetched again.
-    Raises NotReady for a disk that is too small or a Hub out of reach, DsparkError for files that stay wrong.
+    Raises NotReady for a disk that fills up or a Hub out of reach, DsparkError for files that stay wrong.
     """
     report = report or Silent()
     store = _Store(listing)
     total = sum(file.size for file in wanted)
-    _check_space(store, wanted)
     downloaded, paths = 0, []
     for file in wanted:
         had = store.have(file)
@@ -126,18 +150,6 @@ def pull_files(
     now = datetime.now(UTC).isoformat(timespec="seconds")
     record(listing.repository, Locked(listing.revision, listing.requested, now, hashes))
     return Pulled(listing.repository, listing.revision, paths, total, downloaded)
-
-
-def _check_space(store: _Store, wanted: Sequence[RemoteFile]) -> None:
-    """Refuse before the first byte what cannot fit."""
-    missing = sum(file.size - store.have(file) for file in wanted)
-    folder = next(path for path in (store.root, *store.root.parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if missing and missing + SPARE_BYTES > free:
-        raise NotReady(
-            f"{store.listing.repository} needs {size(missing)} more on disk, {folder} has {size(free)} free",
-            hint="`dspark rm` shows what can go; HF_HUB_CACHE=/other/disk puts the cache elsewhere",
-        )
 
 
 def _bring(store: _Store, file: RemoteFile, report: Report, verify: bool) -> Path:

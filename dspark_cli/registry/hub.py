@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
-from dspark_cli.registry.quants import BITS, part_of, parts_of, quant_of, rank, whole_name
+from dspark_cli.registry.quants import BITS, is_target_file, part_of, parts_of, quant_of, rank, whole_name
 
 T = TypeVar("T")
+ONLINE = "without --offline, and with HF_HUB_OFFLINE unset"
 #: answers that may be different in a moment
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 #: tries without any progress before giving up (fewer for a server that was never reached), first and longest wait (seconds)
 TRIES, TRIES_UNREACHED, FIRST_WAIT_S, LONGEST_WAIT_S = 5, 3, 1.0, 30.0
-#: files beside the model in GGUF repositories: projectors, importance matrices, drafters that travel along
-_NOT_A_TARGET = ("mmproj", "imatrix", "dspark-", "dflash-", "mtp-", "eagle3-")
 #: what a checkpoint needs beside its weights
 _CHECKPOINT_FILES = (
     *("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model"),
@@ -102,8 +101,7 @@ def quants_in(listing: Listing) -> dict[str, list[RemoteFile]]:
     """GGUF targets of a repository: quant -> all parts, best quant first. A file that lacks parts is left out."""
     found: dict[str, list[RemoteFile]] = {}
     for name in sorted(listing.files, key=len):
-        base = name.rpartition("/")[2].lower()
-        quant = quant_of(name) if base.endswith(".gguf") and not base.startswith(_NOT_A_TARGET) else None
+        quant = quant_of(name) if is_target_file(name) else None
         first = quant is not None and name == parts_of(name)[0]
         if quant and first and quant not in found and all(part in listing.files for part in parts_of(name)):
             found[quant] = [listing.files[part] for part in parts_of(name)]
@@ -176,14 +174,13 @@ def patiently(ask: Callable[[], T], *, what: str, progress: Callable[[], int] | 
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """Failures of the connection. huggingface-hub has changed its HTTP library twice: ask its own session."""
+    """Failures of the connection. huggingface-hub has changed its HTTP library (httpx, httpx2): ask its own session."""
     from huggingface_hub.utils import get_session
 
     if offline():
         return (ConnectionError, TimeoutError)
     library: Any = sys.modules[type(get_session()).__mro__[-3].__module__.partition(".")[0]]
-    transport = getattr(library, "TransportError", None) or library.exceptions.RequestException
-    return (transport, ConnectionError, TimeoutError)
+    return (library.TransportError, ConnectionError, TimeoutError)
 
 
 def _retry_after(error: Any) -> float | None:
@@ -200,7 +197,7 @@ def explain(error: Exception, what: str) -> Exception:
     if isinstance(error, DsparkError):
         return error
     if isinstance(error, e.OfflineModeIsEnabled):
-        return switched_off(what)
+        return NotReady(f"{what} cannot be looked up: the network is switched off", hint=ONLINE)
     if isinstance(error, e.GatedRepoError):
         return NotReady(
             f"{repository} is gated: its owner wants you to accept terms first",
@@ -241,7 +238,7 @@ def explain(error: Exception, what: str) -> Exception:
 def switched_off(what: str) -> NotReady:
     return NotReady(
         f"{what} is not on this machine, and the network is switched off",
-        hint="without --offline, and with HF_HUB_OFFLINE unset",
+        hint=ONLINE,
     )
 
 

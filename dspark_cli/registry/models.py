@@ -93,7 +93,7 @@ def _load(shipped: Path, own: Path, changed_ns: int) -> dict[str, Entry]:
 
 def _read(path: Path) -> _Source:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark at the beginning
         raw = tomllib.loads(text)
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DsparkError(f"{path}: {error}") from None
@@ -130,8 +130,9 @@ def _entry(table: Table, source: _Source, index: int) -> Entry:
 
 def _wrong(source: _Source, index: int, keys: tuple[str | int, ...], what: str, name: object = None) -> DsparkError:
     shown = ".".join(str(key + 1) if isinstance(key, int) else key for key in keys)
-    whose = f" of model {name!r}" if isinstance(name, str) else ""
-    return DsparkError(f"{source.path}, line {source.line_of(index, keys)}: {shown}{whose}: {what}")
+    whose = f"model {name!r}" if isinstance(name, str) else ""
+    place = " of ".join(filter(None, (shown, whose))) or "[[model]]"
+    return DsparkError(f"{source.path}, line {source.line_of(index, keys)}: {place}: {what}")
 
 
 def _in_words(error: Any) -> str:
@@ -146,8 +147,15 @@ def _in_words(error: Any) -> str:
         return "unknown key" + (f", did you mean {near[0]!r}?" if near else "")
     if error["type"] == "missing":
         return "is missing"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ").replace("String should ", "")
-    return f"{message} (found {error['input']!r})"
+    message = str(error["msg"])
+    for theirs, ours in (
+        ("Value error, ", ""),
+        ("Input should be ", ""),
+        ("String should ", ""),
+        ("dictionary", "table"),
+    ):
+        message = message.replace(theirs, ours)
+    return message if isinstance(error["input"], dict) else f"{message} (found {error['input']!r})"
 
 
 def _check_names(entries: dict[str, Entry], places: dict[str, tuple[Table, _Source, int]]) -> None:

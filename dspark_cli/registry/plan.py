@@ -221,7 +221,9 @@ class PlanOptions:
 
 
 def size(n_bytes: int) -> str:
-    """Bytes as people read them: "9.1 GB", "98 MB"."""
+    """Bytes as people read them: "9.1 GB", "98 MB", "12 kB"."""
+    if 0 < n_bytes < 0.95e6:
+        return f"{n_bytes / 1e3:.0f} kB"
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 0.95e9 else f"{n_bytes / 1e6:.0f} MB"
 
 
@@ -231,12 +233,22 @@ def kv_bytes(values: int, ctx: int, n_seq: int, kv_type: str) -> int:
     return int(values * tokens * KV_BYTES[kv_type])
 
 
-def target_need(target: TargetSize, device: Device, ctx: int, options: PlanOptions, width: int, features: int) -> Need:
+def target_need(
+    target: TargetSize,
+    device: Device,
+    ctx: int,
+    options: PlanOptions,
+    width: int,
+    features: int,
+    backend: str = "llamacpp",
+) -> Need:
     """What the target takes. features: values a token that a drafter reads (libllama keeps a batch, we one pass of them)."""
+    # libllama computes in float32 whatever the weights are, torch in the dtype that it keeps keys and values in
+    each = KV_BYTES[options.kv_type] if backend == "torch" else 4.0
     return Need(
         weights=target.weights,
         kv=kv_bytes(target.kv_values, ctx, options.n_seq, options.kv_type),
-        compute=_compute(target.n_embd, target.n_ff, target.n_vocab, device, min(options.ubatch, ctx), width),
+        compute=_compute(target.n_embd, target.n_ff, target.n_vocab, device, min(options.ubatch, ctx), width, each),
         features=4 * features * (_batch(options, ctx) + min(options.ubatch, ctx)),
         overhead=_overhead(target.n_vocab),
     )
@@ -257,9 +269,9 @@ def drafter_need(drafter: DrafterSize, device: Device, ctx: int, options: PlanOp
     )
 
 
-def _compute(n_embd: int, n_ff: int, n_vocab: int, device: Device, rows: int, width: int) -> int:
-    """Activations and logits of the largest pass, and the copy of the logits that the host reads."""
-    activations = 4 * rows * (3 * n_embd + 4 * n_ff)
+def _compute(n_embd: int, n_ff: int, n_vocab: int, device: Device, rows: int, width: int, each: float = 4.0) -> int:
+    """Activations (`each` bytes a value) and logits of the largest pass, and the copy of the logits that the host reads."""
+    activations = int(each * rows * (3 * n_embd + 4 * n_ff))
     # A device reserves logits for every row of a pass; on a CPU only the rows that are computed are ever written.
     logits = 4 * n_vocab * (rows if device.kind != "cpu" else 2 * width)
     return activations + logits
@@ -317,7 +329,8 @@ def _plan_at(
     host_free: int,
 ) -> MemoryPlan:
     width = drafter.width if drafter else 1
-    need = target_need(target, device, ctx, options, width * options.n_seq, drafter.features if drafter else 0)
+    features = drafter.features if drafter else 0
+    need = target_need(target, device, ctx, options, width * options.n_seq, features, backend)
     theirs = drafter_need(drafter, device, ctx, options) if drafter else None
     on_cpu = device.kind == "cpu"
     everything = need.total + (theirs.total if theirs else 0)

@@ -21,6 +21,7 @@ BITS = {
     "Q4_K_M": 4.87,
     "Q4_K_S": 4.58,
     "Q4_1": 5.0,
+    "MXFP4": 4.6,
     "IQ4_NL": 4.5,
     "IQ4_XS": 4.32,
     "Q4_0": 4.6,
@@ -32,6 +33,8 @@ BITS = {
 }
 #: what GGUF repositories usually hold, best first
 USUAL = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M")
+#: beginnings of files beside the model: projectors, importance matrices, drafters that travel along
+_NOT_A_TARGET = ("mmproj", "imatrix", "dspark-", "dflash-", "mtp-", "eagle3-")
 _QUANT = re.compile(r"(?<![A-Za-z0-9])(" + "|".join(sorted(BITS, key=len, reverse=True)) + r")(?![A-Za-z0-9_])", re.I)
 _PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)", re.I)
 
@@ -46,6 +49,12 @@ def quant_of(file_name: str) -> str | None:
     stem = _PART.sub("", file_name.rpartition("/")[2])
     found = _QUANT.findall(stem)
     return found[-1].upper() if found else None
+
+
+def is_target_file(file_name: str) -> bool:
+    """Whether a GGUF file may be a target: what lies beside one is named by what it is."""
+    base = file_name.rpartition("/")[2].lower()
+    return base.endswith(".gguf") and not base.startswith(_NOT_A_TARGET)
 
 
 def rank(quant: str) -> int:

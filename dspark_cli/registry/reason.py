@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dspark_cli.registry.choose import FULL_PRECISION, Machine, Wish, pairs
+from dspark_cli.registry.choose import FULL_PRECISION, Machine, Wish
 from dspark_cli.registry.plan import MemoryPlan, make_plan, size
 
 if TYPE_CHECKING:
@@ -42,11 +42,12 @@ def _why_not_torch(found: Resolved, machine: Machine, wish: Wish) -> str:
     able = [device for device in machine.accelerators if "torch" in device.runs]
     if not able:
         return "torch has no GPU here, and a quant is faster on a CPU"
-    drafter = found.resolution.drafter if found.resolution else None
-    if not pairs("safetensors", drafter):
-        return f"its drafter {drafter.repository if drafter else ''} is a GGUF, which drafts beside a GGUF"
+    taken = found.resolution.drafter if found.resolution else None
+    drafter = next((d for d in entry.drafter if d.usable and d.format == "safetensors"), None)
+    if drafter is None and taken is not None:
+        return f"its drafter {taken.repository or taken.builtin} is a GGUF, which drafts beside a GGUF"
     options = replace(wish.options, ctx=wish.options.ctx or found.resolution.plan.ctx if found.resolution else None)
-    beside = entry.drafter_size(drafter) if drafter is not None else None
+    beside = entry.drafter_size(drafter) if taken is not None and drafter is not None else None
     full = make_plan(able[0], "torch", entry.size_at(FULL_PRECISION), beside, options, host_free=machine.cpu.usable)
     if not full.fits:
         return f"in full precision it needs {size(full.total)}, {able[0].name} can give {size(able[0].usable)}"

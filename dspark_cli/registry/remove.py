@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dspark_cli.backends.errors import BadInput, DsparkError
+from dspark_cli.registry.as_gguf import copies_of
 from dspark_cli.registry.disk import hub_cache, repositories
 from dspark_cli.registry.lock import forget, locked, read_lock
 from dspark_cli.registry.models import find
@@ -16,13 +17,16 @@ from dspark_cli.registry.resolve import is_repository
 class Removal:
     """One repository's files to go; contents that another revision uses stay.
 
-    freed: bytes that come free; links: snapshot entries; blobs: their contents, unfinished downloads included
+    freed: bytes that come free; links: snapshot entries
+    blobs: their contents, unfinished downloads and GGUF copies included
+    shared: other targets of the registry that read files of this repository
     """
 
     repository: str
     links: list[Path]
     blobs: list[Path]
     freed: int
+    shared: tuple[str, ...] = ()
 
 
 def removal(model: str) -> list[Removal]:
@@ -38,6 +42,8 @@ def removal(model: str) -> list[Removal]:
             d.repository for d in entry.drafter if d.repository and not _used_elsewhere(d.repository, entry.name)
         ]
     found = [plan for repository in dict.fromkeys(targets) if (plan := _of(repository)) is not None]
+    if not is_repository(model):
+        found = [replace(plan, shared=_targets_of(plan.repository, entry.name)) for plan in found]
     if not found:
         raise DsparkError(f"nothing of {model} is on this disk", hint="dspark models")
     return found
@@ -79,8 +85,17 @@ def _of(repository: str) -> Removal | None:
     blobs = {path for path in blobs if path.is_relative_to(root.resolve()) and path.is_file()}
     blobs |= set((root / "blobs").glob("*.incomplete")) if (root / "blobs").is_dir() else set()
     copies = [path for path in links if not path.is_symlink()]
+    blobs |= set(copies_of(repository))
     freed = sum(path.stat().st_size for path in (*blobs, *copies))
     return Removal(repository, links, sorted(blobs), freed) if links or blobs else None
+
+
+def _targets_of(repository: str, name: str) -> tuple[str, ...]:
+    """Targets other than `name` whose own files a repository holds."""
+    from dspark_cli.registry.models import load_models
+
+    entries = load_models().values()
+    return tuple(e.name for e in entries if e.name != name and repository in (*repositories(e), e.safetensors))
 
 
 def _used_elsewhere(repository: str, name: str) -> bool:

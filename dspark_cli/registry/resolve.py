@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspark_cli.backends.errors import DsparkError, NotReady
+from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
 from dspark_cli.backends.gguf_file import check_file
 from dspark_cli.registry.models import find, names
 
 if TYPE_CHECKING:
     from dspark_cli.registry.choose import Machine, Resolution, Wish
     from dspark_cli.registry.plan import MemoryPlan, PlanOptions
-    from dspark_cli.registry.schema import Entry
+    from dspark_cli.registry.schema import Entry, GgufFile
 
 _REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -41,6 +42,11 @@ class Resolved:
     def backend(self) -> str:
         return "torch" if self.path.is_dir() else "llamacpp"
 
+    def noting(self, happened: Sequence[str]) -> Resolved:
+        """With what went wrong when its drafter was fetched, in place of the advice to fetch it."""
+        known = self.resolution.notes if self.resolution and happened else self.notes
+        return replace(self, notes=(*known, *happened))
+
 
 def resolve(model: str, quant: str | None = None, wish: Wish | None = None, machine: Machine | None = None) -> Resolved:
     """Files that are on this disk for a registry name, an alias, a repository that was pulled, or a path.
@@ -60,14 +66,14 @@ def resolve(model: str, quant: str | None = None, wish: Wish | None = None, mach
         others = ", ".join(wish.here)
         raise NotReady(
             f"{entry.name} is not on this machine as {choice.quant}, but as {others}",
-            hint=f"dspark pull {entry.name} --quant {choice.quant}, or --quant {wish.here[0]}",
+            hint=f"dspark pull {model} --quant {choice.quant}, or --quant {wish.here[0]}",
         )
     here = entry.checkpoint() if choice.format == "safetensors" else entry.on_disk()[choice.quant]
     assert here is not None
     drafter = _local_drafter(choice)
     notes = list(choice.notes)
     if choice.drafter is not None and drafter is None:
-        notes.append(f"its drafter {choice.drafter.repository} is not here: `dspark pull {entry.name}` brings it")
+        notes.append(f"its drafter {choice.drafter.repository} is not here: `dspark pull {model}` brings it")
     return Resolved(entry.name, here, drafter, entry, choice, tuple(notes))
 
 
@@ -120,11 +126,13 @@ def plan_for(
     """The plan from the files themselves: exact where the choice had to estimate. Look at `fits`."""
     from dspark_cli.registry.choose import LOOKUP
     from dspark_cli.registry.plan import PlanOptions, make_plan
-    from dspark_cli.registry.sizes import as_computed, drafter_size, target_size
+    from dspark_cli.registry.sizes import as_computed, drafter_size, target_size, through_torch
 
     target = target_size(found.path)
     path = drafter_path or found.drafter_path
     drafter = drafter_size(path, target) if path is not None else LOOKUP
+    if path is not None and path.is_dir() and found.backend == "llamacpp":
+        drafter = through_torch(drafter, path, target)
     usable = [d for d in (*machine.accelerators, machine.cpu) if found.backend in d.runs]
     wanted = found.resolution.plan.device.name if found.resolution else None
     usable.sort(key=lambda device: device.name != wanted)
@@ -139,24 +147,60 @@ def plan_for(
 
 
 def pulled_entry(repository: str) -> Entry:
-    """An entry for a repository that models.toml does not know, from what of it is on this disk."""
+    """An entry for a Hub repository, from what of it is on this disk."""
     from dspark_cli.registry.disk import cached_checkpoint, gguf_files, snapshot
-    from dspark_cli.registry.quants import quant_of
-    from dspark_cli.registry.schema import Entry, GgufFile
+    from dspark_cli.registry.quants import is_target_file, parts_of, quant_of
+    from dspark_cli.registry.schema import GgufFile
 
+    refuse_drafter(repository)
     folder = snapshot(repository)
-    files = {quant_of(name) or "F16": (name, path) for name, path in gguf_files(folder).items()}
+    found = {name: path for name, path in gguf_files(folder).items() if is_target_file(name)}
+    files = {quant_of(name) or "F16": (name, path) for name, path in found.items()}
     if not files and cached_checkpoint(repository) is None:
         raise NotReady(f"nothing of {repository} is on this machine", hint=f"dspark pull {repository}")
-    listed = {quant: GgufFile(file=name, bytes=path.stat().st_size) for quant, (name, path) in files.items()}
-    return Entry(
-        name=repository.partition("/")[2],
-        family="unknown",
+    listed = {
+        quant: GgufFile(file=name, bytes=sum((path.parent / part).stat().st_size for part in parts_of(path.name)))
+        for quant, (name, path) in files.items()
+    }
+    return entry_of(repository, listed)
+
+
+def entry_of(repository: str, gguf_files: dict[str, GgufFile], weight_bytes: int = 0) -> Entry:
+    """An entry for the files of a repository: with its target's drafters and shape where models.toml knows it.
+
+    weight_bytes: of a checkpoint.
+    """
+    from dspark_cli.registry.choose import UNKNOWN
+    from dspark_cli.registry.models import load_models
+    from dspark_cli.registry.schema import Entry
+
+    entries = load_models().values()
+    known = next((e for e in entries if repository in (e.gguf, e.safetensors, *e.gguf_mirrors)), None)
+    gguf, safetensors = (repository, None) if gguf_files else (None, repository)
+    about = known or Entry(
+        name="x",
+        family=UNKNOWN,
         parameters="1B",
-        gguf=repository if files else None,
-        gguf_files=listed,
-        safetensors=None if files else repository,
+        n_params=weight_bytes // 2 or None,
+        gguf=gguf,
+        safetensors=safetensors,
     )
+    place = {"gguf": gguf, "gguf_mirrors": (), "gguf_files": gguf_files, "safetensors": safetensors}
+    return about.model_copy(update={"name": repository, **place})
+
+
+def refuse_drafter(repository: str) -> None:
+    """Raise BadInput for a repository that models.toml knows as the drafter of some target, and not as a target."""
+    from dspark_cli.registry.models import load_models
+
+    entries = list(load_models().values())
+    if any(repository in (e.gguf, e.safetensors, *e.gguf_mirrors) for e in entries):
+        return
+    for entry in entries:
+        if any(repository == drafter.repository for drafter in entry.drafter):
+            raise BadInput(
+                f"{repository} is a drafter for {entry.name}, not a target", hint=f"dspark chat {entry.name}"
+            )
 
 
 def _choose(entry: Entry, wish: Wish, machine: Machine | None) -> Resolution:
@@ -167,7 +211,13 @@ def _choose(entry: Entry, wish: Wish, machine: Machine | None) -> Resolution:
 
 
 def _local_drafter(choice: Resolution) -> Path | None:
-    return choice.drafter.path if choice.drafter is not None else None
+    """Its file; beside a GGUF target its copy, which libllama runs, else the checkpoint, which torch runs."""
+    from dspark_cli.registry.as_gguf import gguf_copy
+
+    path = choice.drafter.path if choice.drafter is not None else None
+    if path is None or not path.is_dir() or choice.backend == "torch":
+        return path
+    return copy if (copy := gguf_copy(path)).exists() else path
 
 
 def _missing(entry: Entry) -> DsparkError:

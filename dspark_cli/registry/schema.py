@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, field_validator, model_validator
 
 from dspark_cli.registry.plan import DrafterSize, TargetSize
-from dspark_cli.registry.quants import FULL_PRECISION, weight_bytes
+from dspark_cli.registry.quants import BITS, FULL_PRECISION, weight_bytes
 
 Repository = Annotated[str, StringConstraints(pattern=r"^[\w.-]+/[\w.-]+$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.+-]+$", min_length=1)]
@@ -68,6 +68,12 @@ class KnownDrafter(_Table):
     @classmethod
     def _floats(cls, value: Any) -> Any:
         return {key: float(v) if isinstance(v, int) else v for key, v in value.items()} if _is_table(value) else value
+
+    @model_validator(mode="after")
+    def _has_a_place(self) -> KnownDrafter:
+        if not (self.repository or self.builtin):
+            raise ValueError('needs repository, such as "deepseek-ai/dspark_qwen3_4b_block7"')
+        return self
 
     @property
     def path(self) -> Path | None:
@@ -130,6 +136,19 @@ class Entry(_Table):
         """`Q4_K_M = "name.gguf"` is short for `{ file = "name.gguf" }`."""
         return {q: {"file": f} if isinstance(f, str) else f for q, f in value.items()} if _is_table(value) else value
 
+    @field_validator("gguf_files")
+    @classmethod
+    def _known_formats(cls, value: dict[str, GgufFile]) -> dict[str, GgufFile]:
+        if wrong := next((quant for quant in value if quant not in BITS), None):
+            raise ValueError(f"unknown format {wrong!r}, one of {', '.join(BITS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _has_files(self) -> Entry:
+        if not (self.gguf or self.safetensors or self.package):
+            raise ValueError('needs gguf or safetensors, a Hub repository such as "Qwen/Qwen3-4B-GGUF"')
+        return self
+
     @field_validator("parameters")
     @classmethod
     def _countable(cls, value: str) -> str:
@@ -182,18 +201,27 @@ class Entry(_Table):
     def shape_known(self) -> bool:
         return None not in (self.n_layer, self.n_embd, self.n_head_kv, self.head_dim, self.n_vocab)
 
-    def drafter_size(self, drafter: KnownDrafter) -> DrafterSize:
-        """What the memory plan needs of `drafter`. Published cards give little: the rest is the target's own shape."""
+    def has_gguf_form(self, drafter: KnownDrafter) -> bool:
+        """Whether libllama has a graph for what `drafter` is, as far as its table says (heads are seen in its config.json)."""
+        return drafter.kind != "eagle3" and not self.family.startswith("gemma")
+
+    def drafter_size(self, drafter: KnownDrafter, backend: str = "torch") -> DrafterSize:
+        """What the memory plan needs of `drafter`. Published cards give little: the rest is the target's own shape.
+
+        backend: of the target; beside llama.cpp a checkpoint runs as its Q8_0 copy
+        """
         target = self.size_at()
         n_params = drafter.n_params or max(self.count // 8, 1)
-        form = "Q8_0" if drafter.format == "gguf" else FULL_PRECISION
+        copied = backend == "llamacpp" and drafter.format == "safetensors" and self.has_gguf_form(drafter)
+        form = "Q8_0" if drafter.format == "gguf" or copied else FULL_PRECISION
+        listed = drafter.bytes and int(drafter.bytes * (BITS[form] / BITS[FULL_PRECISION] if copied else 1))
         small = drafter.kind == "small"
         layers = 24 if small else 1 if drafter.kind == "eagle3" else 5
         # A standalone small model of today has narrow keys and values; the others attend as the target does.
         kv_width = 2 * layers * 256 if small else target.kv_values * layers // max(target.n_layer, 1)
         return DrafterSize(
             kind=drafter.kind,
-            weights=drafter.bytes or weight_bytes(n_params, form),
+            weights=listed or weight_bytes(n_params, form),
             n_layer=layers,
             n_embd=896 if small else target.n_embd,
             n_vocab=target.n_vocab,

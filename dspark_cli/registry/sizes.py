@@ -141,5 +141,13 @@ def _checkpoint_drafter(folder: Path, target: TargetSize) -> DrafterSize:
     )
 
 
+def through_torch(drafter: DrafterSize, folder: Path, target: TargetSize) -> DrafterSize:
+    """A checkpoint that torch runs on the CPU beside a GGUF target: in float32 at most, with the target's two tables."""
+    raw = _config(folder)
+    stored = 4 if str(raw.get("dtype") or raw.get("torch_dtype") or "float32").endswith("float32") else 2
+    tables = 2 * 4 * target.n_vocab * target.n_embd
+    return replace(drafter, weights=drafter.weights * 4 // stored + tables)
+
+
 def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -238,15 +238,17 @@ class Pipeline:
         self._curve(trainer, held_out)
         every = options.hours * 3600 / CURVE_POINTS
         looked = seconds = trainer.progress.seconds
-        for p in trainer.run(corpus, self.checkpoint):
-            self.report.advance(p.seconds - seconds, f"loss {p.loss:.3f}, first token accepted {p.accept:.0%}")
-            seconds = p.seconds
-            if seconds - looked > every:
-                looked = seconds
-                self._curve(trainer, held_out)
-            if self.clock.over:
-                trainer.save(self.checkpoint)
-                raise OutOfTime
+        try:
+            for p in trainer.run(corpus, self.checkpoint):
+                self.report.advance(p.seconds - seconds, f"loss {p.loss:.3f}, first token accepted {p.accept:.0%}")
+                seconds = p.seconds
+                if seconds - looked > every:
+                    looked = seconds
+                    self._curve(trainer, held_out)
+                self._look_at_the_clock()
+        except (KeyboardInterrupt, OutOfTime):
+            trainer.save(self.checkpoint)
+            raise
         self._curve(trainer, held_out)
         self.report.end()
         return trainer, self._facts(trainer, corpus, coverage)
@@ -358,7 +360,7 @@ class Pipeline:
         model = _load(drafter, self.target)
         held_out = [d for d in self._documents() if d.held_out][:EVALUATED]
         with LlamaCppTarget(self.target, ContextOptions(ctx=min(1024, self.n_ctx))) as target:
-            groups = {"self-written": [d.ids[: d.answer_start] for d in held_out]} | _own_prompts(target)
+            groups = {"self-written": [d.ids[: d.answer_start] for d in held_out]} | own_prompts(target)
             total = 2 * sum(map(len, groups.values()))
             self.report.begin("evaluate", total, 0, "held-out prompts, whole blocks verified")
             with make_drafter(model, name=drafter.name, n_vocab=target.info.n_vocab) as torch_drafter:
@@ -378,7 +380,7 @@ def spread_layers(n_layer: int, count: int = 5) -> tuple[int, ...]:
     return tuple(sorted({round(1 + i * (last - 1) / (count - 1)) for i in range(count)})) if last > 1 else (last,)
 
 
-def _own_prompts(target: LlamaCppTarget) -> dict[str, list[list[int]]]:
+def own_prompts(target: LlamaCppTarget) -> dict[str, list[list[int]]]:
     """The built-in prompts of four kinds, through the target's template; none of them is ever trained on."""
     from dspark_cli.bench.prompts import KINDS
 

@@ -10,21 +10,26 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from dspark_cli.backends.base import DraftRequest, DsparkError, Row
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
-from dspark_cli.backends.torch.drafter import make_drafter
-from dspark_cli.backends.torch.gguf_drafter import load_gguf_drafter
+from dspark_cli.backends.torch.drafter import DSparkDrafter, make_drafter
+from dspark_cli.backends.torch.dspark import DSpark
+from dspark_cli.backends.torch.gguf_drafter import load_gguf_drafter, save_gguf_drafter
 from dspark_cli.cli import app
+from dspark_cli.engine.session import first_difference
 from dspark_cli.training.corpus import Corpus, draft_vocabulary
 from dspark_cli.training.documents import Document, append_documents, read_documents
 from dspark_cli.training.features import FeatureCache, TorchReader
 from dspark_cli.training.pipeline import spread_layers
 
+NEAR_TIE = 0.01  # logits of float32 weights: sums in another order
 ARGUMENTS = [
     "--tokens",
     "12000",
@@ -70,14 +75,18 @@ def test_it_learns_and_leaves_everything_a_drafter_needs(trained: Path) -> None:
     assert "| all | 0 |" in (trained / "d.gguf.md").read_text()
 
 
-def test_libllama_and_torch_draft_the_same_from_the_exported_file(trained: Path, tiny_target: Path) -> None:
+def test_libllama_and_torch_draft_the_same_from_the_exported_file(
+    trained: Path, tiny_target: Path, tmp_path: Path
+) -> None:
+    """Same features in, same tokens and confidences out; a difference is allowed where two logits nearly tie."""
     options = ContextOptions(ctx=512, kv_type="f32", flash_attn="off")
+    model = load_gguf_drafter(trained / "d.gguf", tiny_target)
+    path = save_gguf_drafter(model, tmp_path / "d.F32.gguf", tiny_target, quant="F32")
     ids = next(iter(read_documents(trained / "documents.jsonl"))).ids
-    same = total = 0
     with (
         LlamaCppTarget(tiny_target, options) as target,
-        LlamaCppDrafter(trained / "d.gguf", target, options) as native,
-        make_drafter(load_gguf_drafter(trained / "d.gguf", tiny_target), name="d") as ours,
+        LlamaCppDrafter(path, target, options) as native,
+        make_drafter(model, name="d") as ours,
     ):
         target.request_features(native.feature_layers)
         assert ours.feature_layers == native.feature_layers
@@ -87,13 +96,28 @@ def test_libllama_and_torch_draft_the_same_from_the_exported_file(trained: Path,
                 drafter.observe(0, ids[:k], features)
             request = DraftRequest(0, ids[k], 3)
             theirs, mine = native.propose([request])[0], ours.propose([request])[0]
-            same += mine.tokens.tolist() == theirs.tokens.tolist()
-            total += 1
-            if mine.tokens.tolist() == theirs.tokens.tolist():
-                assert mine.confidence == pytest.approx(theirs.confidence, abs=0.02)
+            first = first_difference(mine.tokens.tolist(), theirs.tokens.tolist())
+            if first is not None:
+                assert margin(model, ours, request, first) < NEAR_TIE
+            reached = slice(0, first)
+            np.testing.assert_allclose(mine.confidence[reached], theirs.confidence[reached], atol=2e-3)  # type: ignore[index]
             for keeper in (target, native, ours):
                 keeper.drop(0)
-    assert same >= total - 2  # near-ties of quantized weights
+
+
+def margin(model: DSpark, drafter: DSparkDrafter, request: DraftRequest, position: int) -> float:
+    """First minus second corrected logit at `position` of the greedy draft."""
+    rows: list[torch.Tensor] = []
+
+    def pick(k: int, logits: torch.Tensor) -> torch.Tensor:
+        rows.append(logits[0])
+        return drafter.vocabulary.best(k, logits)
+
+    with torch.inference_mode():
+        anchors = torch.tensor([request.anchor])
+        model.chain(model.drafting_rows(drafter._block([0], anchors)), anchors, position + 1, pick)
+    best = rows[position].topk(2).values
+    return float(best[0] - best[1])
 
 
 def test_a_finished_training_says_so_again_and_goes_on_when_asked_for_more(trained: Path, tiny_target: Path) -> None:
@@ -122,7 +146,7 @@ def test_the_other_drafters_train_too(tiny_target: Path, trained: Path, tmp_path
     assert made.is_dir() == (kind == "eagle3")
 
 
-@pytest.mark.parametrize("seconds", [4.0, 9.0, 14.0])
+@pytest.mark.parametrize("seconds", [5.0, 12.0])
 def test_killed_at_any_moment_the_same_command_goes_on(tiny_target: Path, tmp_path: Path, seconds: float) -> None:
     work = tmp_path / "work"
     command = [sys.executable, "-m", "dspark_cli", "train", str(tiny_target), "--work", str(work), *ARGUMENTS]
