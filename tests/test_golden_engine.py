@@ -17,8 +17,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from dspark_cli.backends.torch.devices import detect, pick  # noqa: E402
+from dspark_cli.backends.torch.loading import load_model  # noqa: E402
 from dspark_cli.backends.torch.network import Network  # noqa: E402
-from dspark_cli.backends.torch.target import TorchOptions, TorchTarget, load_model  # noqa: E402
+from dspark_cli.backends.torch.target import TorchOptions, TorchTarget  # noqa: E402
 from dspark_cli.engine.decode import Engine  # noqa: E402
 from dspark_cli.engine.rounds import Request, Round  # noqa: E402
 from dspark_cli.engine.schedule import Fixed, Schedule, Threshold  # noqa: E402

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dspark_cli.backends.base import BadInput, DsparkError, NotReady, Row  # noqa: E402
 from dspark_cli.backends.lookup import LookupDrafter  # noqa: E402
+from dspark_cli.backends.torch import loading  # noqa: E402
 from dspark_cli.backends.torch import target as module  # noqa: E402
 from dspark_cli.backends.torch.drafter import open_drafter  # noqa: E402
 from dspark_cli.backends.torch.network import Network  # noqa: E402
@@ -182,7 +183,7 @@ def test_no_memory_for_the_weights(good: Path, monkeypatch: pytest.MonkeyPatch, 
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(module.transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(loading.transformers.AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(NotReady, match=r"model in float32 needs about 0.0 GB, \d+\.\d GB can be used") as found:
         opened(good)
     assert found.value.exit_code == 3

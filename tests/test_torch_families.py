@@ -17,8 +17,9 @@ transformers = pytest.importorskip("transformers")
 
 from dspark_cli.backends.base import DsparkError, Row  # noqa: E402
 from dspark_cli.backends.torch.config import BadCheckpoint  # noqa: E402
+from dspark_cli.backends.torch.loading import plain_attention  # noqa: E402
 from dspark_cli.backends.torch.network import mask_windows  # noqa: E402
-from dspark_cli.backends.torch.target import TorchOptions, TorchTarget, open_target, plain_attention  # noqa: E402
+from dspark_cli.backends.torch.target import TorchOptions, TorchTarget, open_target  # noqa: E402
 from tiny import N_VOCAB, save_tokenizer, tiny_model  # noqa: E402
 
 SIZES: dict[str, Any] = {

@@ -7,7 +7,7 @@ sequence takes part (absent ones as padding).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -119,14 +119,3 @@ class _Graphs:
             return output
 
         return replay
-
-
-def padded(rows: Sequence[Sequence[int]], starts: Sequence[int], width: int, spare: int) -> Tensor:
-    """int64 [3, N, width]: ids, positions and store rows of `rows` that begin at `starts`; padding as in cache.py."""
-    table = torch.zeros(3, len(rows), width, dtype=torch.int64)
-    table[2] = spare
-    for i, (tokens, start) in enumerate(zip(rows, starts, strict=True)):
-        count = len(tokens)
-        table[0, i, :count] = torch.as_tensor(tokens)
-        table[1:, i, :count] = torch.arange(start, start + count)
-    return table

@@ -20,8 +20,9 @@ from dspark_cli.backends.llamacpp.model import ChatTemplate, GgufTokenizer, Mode
 from dspark_cli.backends.torch import attention
 from dspark_cli.backends.torch.devices import detect, pick
 from dspark_cli.backends.torch.gguf_model import load_gguf_model
+from dspark_cli.backends.torch.loading import failures
 from dspark_cli.backends.torch.network import Network
-from dspark_cli.backends.torch.target import TorchOptions, TorchTarget, failures
+from dspark_cli.backends.torch.target import TorchOptions, TorchTarget
 
 
 class GgufTorchTarget(TorchTarget):

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from dspark_cli.backends.base import (
@@ -31,9 +29,8 @@ from dspark_cli.backends.base import (
     TargetInfo,
 )
 from dspark_cli.backends.machine import usable_cores
-from dspark_cli.backends.torch import attention
 from dspark_cli.backends.torch.cache import KeyValues, Place
-from dspark_cli.backends.torch.capture import Recorder, keys_bucket, padded, recorder_for, width_bucket
+from dspark_cli.backends.torch.capture import Recorder, keys_bucket, recorder_for, width_bucket
 from dspark_cli.backends.torch.checkpoint import TargetTables
 from dspark_cli.backends.torch.config import BadCheckpoint
 from dspark_cli.backends.torch.devices import (
@@ -45,8 +42,10 @@ from dspark_cli.backends.torch.devices import (
     pick,
     uses_triton,
 )
-from dspark_cli.backends.torch.folder import check_folder, out_of_memory
+from dspark_cli.backends.torch.folder import check_folder
+from dspark_cli.backends.torch.loading import end_tokens, failures, load_model, plain_attention, unfit
 from dspark_cli.backends.torch.network import Network
+from dspark_cli.backends.torch.rows import columns_of, n_logits, padded, split
 from dspark_cli.backends.torch.tokenizer import open_tokenizer, render_chat
 from dspark_cli.kernels import dispatch
 
@@ -99,7 +98,7 @@ def open_target(folder: str | Path, options: TorchOptions | None = None, *, name
     with failures(f"{found.path.name} in {dtype}", found.n_bytes(dtype), facts):
         model = load_model(found.path, getattr(torch, dtype), torch.device(facts.torch_name))
     network = Network(model, found.path.name)
-    tokenizer = open_tokenizer(found.path, len(network.head), _eos(model))
+    tokenizer = open_tokenizer(found.path, len(network.head), end_tokens(model))
     return TorchTarget(
         network,
         tokenizer,
@@ -266,7 +265,7 @@ class TorchTarget(Target):
         return [self._row_in_parts(row) for row in rows]
 
     def _row_in_parts(self, row: Row) -> RowOutput:
-        wanted = len(row.tokens) if row.n_logits is None else row.n_logits
+        wanted = n_logits(row)
         parts, done = [], 0
         while done < len(row.tokens):
             piece = list(row.tokens[done : done + self.max_rows])  # which may shrink from one piece to the next
@@ -296,11 +295,11 @@ class TorchTarget(Target):
         keys = max(self.length(row.seq) + len(row.tokens) for row in rows)
         starts = [self.length(row.seq) for row in rows]
         ids, positions, write_at = padded([row.tokens for row in rows], starts, width, self.cache.spare).to(self.device)
-        columns = _columns(rows)
+        columns = columns_of(rows)
         keep = None if len(columns) == width else torch.tensor(columns or [0], device=self.device)
         place = Place([row.seq for row in rows], positions, write_at, keys)
         output = self.network(ids, self.cache, place, keep)
-        return _split(rows, range(len(rows)), columns or [0], output)
+        return split(rows, range(len(rows)), columns or [0], output)
 
     def _recorded(self, rows: Sequence[Row]) -> list[RowOutput] | None:
         """The pass through a recording of its shape; None if it is too wide to be recorded."""
@@ -321,7 +320,7 @@ class TorchTarget(Target):
                 raise
             self._record_no_more(error)
             return None
-        return _split(rows, [row.seq for row in rows], range(width), output)
+        return split(rows, [row.seq for row in rows], range(width), output)
 
     def _record_no_more(self, error: RuntimeError) -> None:
         """Some models do what cannot be recorded; their passes stay eager. Nothing was committed: the pass runs again."""
@@ -348,106 +347,3 @@ class TorchTarget(Target):
         self._recorder = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _columns(rows: Sequence[Row]) -> list[int]:
-    """Columns of the pass in which some row wants logits, in order."""
-    wanted: set[int] = set()
-    for row in rows:
-        count = len(row.tokens) if row.n_logits is None else row.n_logits
-        wanted.update(range(len(row.tokens) - count, len(row.tokens)))
-    return sorted(wanted)
-
-
-def _split(rows: Sequence[Row], places: Sequence[int], columns: Sequence[int], output: Any) -> list[RowOutput]:
-    """Each row's part of a pass: row i lies at index places[i], its logits were computed for `columns`."""
-    logits = output.logits.float().cpu().numpy()
-    features = None if output.features is None else output.features.float().cpu().numpy()
-    hidden = None if output.hidden is None else output.hidden.float().cpu().numpy()
-    found = []
-    for row, place in zip(rows, places, strict=True):
-        count = len(row.tokens) if row.n_logits is None else row.n_logits
-        first = columns.index(len(row.tokens) - count) if count else 0
-        mine = slice(first, first + count)
-        found.append(
-            RowOutput(
-                logits[place, mine],
-                None if features is None else features[place, : len(row.tokens)],
-                None if hidden is None else hidden[place, mine],
-            )
-        )
-    return found
-
-
-# -- loading -----------------------------------------------------------------------------------------------------------
-
-
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with every weight from `folder`. Raises BadCheckpoint for weights that are missing or misshapen."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, by name
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadCheckpoint(f"{folder} cannot be loaded: {reason}") from None
-    for name, found, needed in sorted(loaded["mismatched_keys"], key=str):
-        raise BadCheckpoint(f"{folder}: {name} has shape {tuple(found)}, config.json says {tuple(needed)}")
-    missing = sorted(map(str, loaded["missing_keys"]))
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise BadCheckpoint(f"{folder} lacks weights: {', '.join(missing[:3])}{more}", hint="download it again")
-    return model.to(device).eval().requires_grad_(False)
-
-
-def _eos(model: Any) -> list[int]:
-    """Every token that config and generation config call an end."""
-    found: list[int] = []
-    for config in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
-        eos = getattr(config, "eos_token_id", None)
-        found += eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return found
-
-
-@contextmanager
-def failures(what: str, needed: int, facts: Facts) -> Iterator[None]:
-    """Turn a failed allocation into NotReady with the numbers."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise out_of_memory(what, needed, facts.free) from None
-
-
-@contextmanager
-def unfit(name: str) -> Iterator[None]:
-    """Turn whatever the first passes raise into one sentence: this model does not work as the backend expects."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadCheckpoint(f"{name} cannot be run by the torch backend: {reason}", hint="a GGUF of it") from error
-
-
-@contextmanager
-def plain_attention(model: Any) -> Iterator[None]:
-    """transformers' own eager attention, for comparison."""
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(attention.NAME)
