@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dspark_cli.backends.base import Row, RowOutput
+from dspark_cli.backends.base import FloatArray, Row, RowOutput
 from dspark_cli.backends.torch.network import PassOutput
 
 
@@ -37,20 +37,36 @@ def columns_of(rows: Sequence[Row]) -> list[int]:
 
 
 def split(rows: Sequence[Row], places: Sequence[int], columns: Sequence[int], output: PassOutput) -> list[RowOutput]:
-    """Each row's part of a pass: row i lies at index places[i], its logits were computed for `columns`."""
-    logits = output.logits.float().cpu().numpy()
-    features = None if output.features is None else output.features.float().cpu().numpy()
-    hidden = None if output.hidden is None else output.hidden.float().cpu().numpy()
+    """Each row's part of a pass: row i lies at index places[i], its logits were computed for `columns` (ascending).
+
+    What only pads the pass stays on the device: a vocabulary of logits is the largest thing that crosses.
+    """
+    width = max(len(row.tokens) for row in rows)
+    wanted = sum(column < width for column in columns)
+    logits, hidden = _to_host(output.logits, places, wanted), _to_host(output.hidden, places, wanted)
+    features = _to_host(output.features, places, width)
+    assert logits is not None
     found = []
-    for row, place in zip(rows, places, strict=True):
+    for i, row in enumerate(rows):
         count = n_logits(row)
         first = columns.index(len(row.tokens) - count) if count else 0
         mine = slice(first, first + count)
         found.append(
             RowOutput(
-                logits[place, mine],
-                None if features is None else features[place, : len(row.tokens)],
-                None if hidden is None else hidden[place, mine],
+                logits[i, mine],
+                None if features is None else features[i, : len(row.tokens)],
+                None if hidden is None else hidden[i, mine],
             )
         )
     return found
+
+
+def _to_host(values: Tensor | None, places: Sequence[int], columns: int) -> FloatArray | None:
+    """float32 of the first `columns` of [n, C, width] at `places`."""
+    if values is None:
+        return None
+    part = values[:, :columns]
+    if list(places) != list(range(len(part))):
+        part = part[list(places)]
+    host: FloatArray = part.float().cpu().numpy()
+    return host
