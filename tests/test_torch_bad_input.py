@@ -95,7 +95,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a weight is missing": (lambda f: rewrite(f, lambda w: w.pop(QUERY)), r"lacks weights: .*q_proj.weight"),
     "a weight has another shape": (
         lambda f: rewrite(f, lambda w: w.update({QUERY: w[QUERY][:32].clone()})),
-        r"q_proj.weight has shape \(32, 64\), config.json says \(64, 64\)",
+        r"q_proj.weight has (shape \(32, 64\), config.json says \(64, 64\)|another shape)",
     ),
     "a weight is NaN": (lambda f: rewrite(f, lambda w: w[HEAD].fill_(float("nan"))), r"its weights are broken"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer"),

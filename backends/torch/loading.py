@@ -36,13 +36,21 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadCheckpoint(f"{folder} cannot be loaded: {reason}") from None
-    for name, found, needed in sorted(loaded["mismatched_keys"], key=str):
-        raise BadCheckpoint(f"{folder}: {name} has shape {tuple(found)}, config.json says {tuple(needed)}")
+    for name in sorted(loaded["mismatched_keys"], key=str):
+        raise BadCheckpoint(f"{folder}: {_misshapen(name)}")
     missing = sorted(map(str, loaded["missing_keys"]))
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise BadCheckpoint(f"{folder} lacks weights: {', '.join(missing[:3])}{more}", hint="download it again")
     return model.to(device).eval().requires_grad_(False)
+
+
+def _misshapen(key: str | tuple[str, torch.Size, torch.Size]) -> str:
+    """What is wrong with a weight; transformers 4 tells its name only."""
+    if isinstance(key, str):
+        return f"{key} has another shape than config.json says"
+    name, found, needed = key
+    return f"{name} has shape {tuple(found)}, config.json says {tuple(needed)}"
 
 
 def end_tokens(model: Any) -> list[int]:
