@@ -236,10 +236,10 @@ class TestCommand:
         monkeypatch.setattr(local, "LENGTHS", (1, 16))
         monkeypatch.setattr(local, "THRESHOLDS", (0.5,))
 
-    @pytest.mark.usefixtures("few_arms")
-    def test_a_small_run(self, embedded_gguf: Path, tmp_path: Path) -> None:
+    def test_a_small_run_of_chosen_arms(self, embedded_gguf: Path, tmp_path: Path) -> None:
         report, out = tmp_path / "r.html", tmp_path / "r.json"
-        done = self.run(str(embedded_gguf), *self.SMALL, "--csv", "--html", str(report), "--out", str(out))
+        arms = ("--arms", "auto,fixed:1, fixed:16,threshold:0.5")
+        done = self.run(str(embedded_gguf), *self.SMALL, *arms, "--csv", "--html", str(report), "--out", str(out))
         assert done.exit_code == 0, done.output
         rows = list(csv.DictReader(io.StringIO(done.stdout)))
         assert {"plain", "auto", "fixed:1", "fixed:16", "threshold:0.5"} == {r["arm"] for r in rows}
@@ -247,6 +247,11 @@ class TestCommand:
         assert raw["schema"] == SCHEMA
         assert not raw["interrupted"]
         assert report.read_text().startswith("<!doctype html>")
+
+    def test_an_unknown_arm_is_named_with_those_there_are(self, embedded_gguf: Path) -> None:
+        done = self.run(str(embedded_gguf), *self.SMALL, "--arms", "auto,fixed:99")
+        assert done.exit_code == 2
+        assert "unknown arm 'fixed:99': one of plain, auto, fixed:1," in " ".join(done.output.split())
 
     @pytest.mark.usefixtures("few_arms")
     def test_ctrl_c_keeps_what_is_finished(self, embedded_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dspark_cli.backends.base import Drafter
+from dspark_cli.backends.base import BadInput, Drafter
 from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.bench.arms import PLAIN, Arm, answer
@@ -29,7 +29,7 @@ THRESHOLDS = (0.3, 0.5, 0.75)  # llama.cpp's p_min
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. `prompts`: per kind;  `repeats`: cycles per prompt and temperature."""
+    """What to measure. `prompts`: per kind;  `repeats`: cycles per prompt and temperature;  `arms`: () = all."""
 
     kinds: tuple[str, ...] = tuple(KINDS)
     temperatures: tuple[float, ...] = (0.0, 1.0)
@@ -37,6 +37,7 @@ class Settings:
     tokens: int = 96
     repeats: int = 2
     seed: int = 0
+    arms: tuple[str, ...] = ()
 
     def cases(self) -> list[tuple[Prompt, float]]:
         return [(p, t) for kind in self.kinds for p in KINDS[kind][: self.prompts] for t in self.temperatures]
@@ -117,6 +118,15 @@ def arms_of(session: Session) -> list[Arm]:
     return arms
 
 
+def chosen(arms: Sequence[Arm], names: Sequence[str]) -> list[Arm]:
+    """The arms named, and plain decoding; all without names. Raises BadInput for a name that no arm has."""
+    known = [arm.name for arm in arms]
+    for name in names:
+        if name not in known:
+            raise BadInput(f"unknown arm {name!r}: one of {', '.join(known)}")
+    return [arm for arm in arms if not names or arm.name == PLAIN or arm.name in names]
+
+
 def run_all(
     options: OpenOptions,
     files: Sequence[Path],
@@ -129,7 +139,7 @@ def run_all(
     for index, path in enumerate(files):
         with Session.open(OpenOptions(**{**vars(options), "model": path, "policy": "auto"})) as session:
             assert isinstance(session.schedule, AutoSchedule)
-            arms, info = arms_of(session), session.target.info
+            arms, info = chosen(arms_of(session), settings.arms), session.target.info
             form = info.format
             results.costs[form] = CostModel.from_dict(session.schedule.costs.as_dict())
             results.drafters |= {arm.name: arm.drafter.name for arm in arms if arm.drafter is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,9 @@ def bench(
         str | None, typer.Option(help="Requantize the target to these and compare, such as F16,Q8_0,Q4_1.")
     ] = None,
     kinds: Annotated[str | None, typer.Option(help="Kinds of prompts, separated by commas; default all six.")] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="Only these beside plain, such as auto,fixed:1,fixed:2; default all.")
+    ] = None,
     temperatures: Annotated[str, typer.Option(help="Temperatures, separated by commas.")] = "0,1",
     prompts: Annotated[int, typer.Option(min=1, max=4, help="Prompts per kind.")] = 2,
     tokens: Annotated[int, typer.Option(min=8, help="Tokens per answer.")] = 96,
@@ -53,7 +57,7 @@ def bench(
         raise BadInput("bench measures on this machine only", hint=f"dspark bench {model} --local")
     if json and csv:
         raise BadInput("--json and --csv both print on stdout: ask for one of them, and --out FILE for the JSON")
-    settings = _settings(kinds, temperatures, prompts, tokens, repeats, seed)
+    settings = replace(_settings(kinds, temperatures, prompts, tokens, repeats, seed), arms=_names(arms))
     for file in (html, out):
         if file is not None and not file.expanduser().absolute().parent.is_dir():
             raise BadInput(f"there is no folder {file.expanduser().absolute().parent} to write {file.name} to")
@@ -98,6 +102,10 @@ def _settings(kinds: str | None, temperatures: str, prompts: int, tokens: int, r
     if any(not 0.0 <= t <= 10.0 for t in values):
         raise BadInput(f"--temperatures takes numbers from 0 to 10, not {temperatures!r}")
     return Settings(tuple(dict.fromkeys(wanted)), tuple(dict.fromkeys(values)), prompts, tokens, repeats, seed)
+
+
+def _names(arms: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(a.strip() for a in arms.split(","))) if arms else ()
 
 
 def _formats(wanted: str | None, source: Path) -> list[Path]:

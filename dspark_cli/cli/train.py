@@ -13,6 +13,7 @@ import typer
 
 from dspark_cli.backends.errors import BadInput, NotReady
 from dspark_cli.cli import options as o
+from dspark_cli.cli.errors import INTERRUPTED
 
 if TYPE_CHECKING:
     from dspark_cli.training.pipeline import Recipe
@@ -85,9 +86,10 @@ def train(
             import_documents(documents, pipeline.documents)
         try:
             made = pipeline.run(out, quant=format, vocabulary_quant=vocab_format, command=_command(), start=from_)
-        except OutOfTime:
-            typer.echo(f"stopped after --max-hours {max_hours:g}; {work} is kept: the same command goes on", err=True)
-            raise typer.Exit(0) from None
+        except (OutOfTime, KeyboardInterrupt) as stopped:
+            why = f"after --max-hours {max_hours:g}" if isinstance(stopped, OutOfTime) else "by Ctrl-C"
+            bars.say(f"stopped {why}; {work} is kept: the same command goes on")
+            raise typer.Exit(0 if isinstance(stopped, OutOfTime) else INTERRUPTED) from None
     evaluation = json_.loads((work / "evaluation.json").read_text())
     if json:
         typer.echo(json_.dumps({"drafter": str(made.drafter), "work": str(work), **evaluation}))
@@ -198,6 +200,10 @@ class _Bars:
     def end(self) -> None:
         if self._terminal:
             self._progress.update(self._task, completed=self._total)
+
+    def say(self, text: str) -> None:
+        self._progress.stop()
+        typer.echo(text, err=True)
 
     def __enter__(self) -> Self:
         if self._terminal:

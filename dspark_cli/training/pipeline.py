@@ -32,6 +32,7 @@ from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
 from dspark_cli.backends.torch.gguf_drafter import load_gguf_drafter, target_norm, target_tables
 from dspark_cli.backends.torch.gguf_model import ARCHITECTURES, load_gguf_model
+from dspark_cli.registry.plan import size
 from dspark_cli.training.corpus import Corpus, TargetHead, draft_vocabulary
 from dspark_cli.training.documents import Document, append_documents, read_documents
 from dspark_cli.training.evaluate import evaluate
@@ -41,6 +42,7 @@ from dspark_cli.training.start import begin
 from dspark_cli.training.trainer import Trainer, TrainOptions, acceptance, quick_bfloat16
 from dspark_cli.training.writing import BatchWriter, EngineWriter, Frame, WritingOptions, openings
 
+BYTES_PER_TOKEN = 5  # of documents.jsonl
 SAVE_DOCUMENTS = 16  # written to disk at once
 CURVE_POINTS = 24  # of a run: how often held-out acceptance is looked at
 EVALUATED = 12  # held-out dialogues that are decoded for real
@@ -147,7 +149,12 @@ class Pipeline:
         if count >= self.recipe.tokens:
             return
         _drop_torn_line(self.documents)
-        self.report.begin("generate", self.recipe.tokens, count, f"about {self.recipe.tokens * 6 / 1e6:.0f} MB")
+        self.report.begin(
+            "generate",
+            self.recipe.tokens,
+            count,
+            f"about {size(BYTES_PER_TOKEN * self.recipe.tokens)} in {self.documents}",
+        )
         with ExitStack() as stack:
             unsaved: list[Document] = []
             for document in self._writer(stack, seed=self.recipe.seed + len(have)):
@@ -197,8 +204,8 @@ class Pipeline:
         total = sum(len(d.ids) for d in documents)
         if cache.tokens >= total:
             return
-        disk = total * bytes_per_token(len(self.layers), self.width)
-        self.report.begin("features", total, cache.tokens, f"{disk / 1e9:.1f} GB in {cache.folder}")
+        disk = size(total * bytes_per_token(len(self.layers), self.width))
+        self.report.begin("features", total, cache.tokens, f"{disk} in {cache.folder}")
 
         def done(tokens: int) -> None:
             self.report.advance(tokens)
