@@ -23,9 +23,11 @@ def use(path: str) -> None:
     _chosen = _known(path)
 
 
-def path_for(wanted: str | None) -> str:
-    """The path of a call that asks for `wanted` (None = what was chosen)."""
-    return _chosen if wanted is None else _known(wanted)
+def path_for(wanted: str | None, *, on_gpu: bool) -> str:
+    """The path of a call that asks for `wanted` (None = what was chosen, and the reference for tensors on a CPU)."""
+    if wanted is not None:
+        return _known(wanted)
+    return _chosen if on_gpu else "reference"
 
 
 def _known(path: str) -> str:

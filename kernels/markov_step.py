@@ -36,7 +36,7 @@ def markov_step(
 
     temperature, uniform: float32 [N]; None is greedy. A row below GREEDY takes its best token; ties go to the lowest id.
     """
-    if path_for(path) == "reference":
+    if path_for(path, on_gpu=base.is_cuda) == "reference":
         return reference(base, latent, w2, temperature, uniform)
     return _triton(base, latent, w2, temperature, uniform)
 

@@ -44,7 +44,7 @@ def verify_draft(
     temperature: float32 [N] of the target's distribution
     uniform:     float32 [N, k+1] in [0, 1): the first k decide on the drafts, the last draws the token
     """
-    if path_for(path) == "reference":
+    if path_for(path, on_gpu=logits.is_cuda) == "reference":
         return reference(logits, tokens, lengths, draft_probs, temperature, uniform)
     return _triton(logits, tokens, lengths, draft_probs, temperature, uniform)
 

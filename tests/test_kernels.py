@@ -99,14 +99,15 @@ def test_triton_kernels_compile_for_chips_that_are_not_here(kind: str, tmp_path:
 
 
 def test_the_path_is_chosen_once_and_can_be_forced() -> None:
-    assert dispatch.path_for(None) == "reference"
-    assert dispatch.path_for("triton") == "triton"
+    assert dispatch.path_for(None, on_gpu=True) == "reference", "until a backend says otherwise"
+    assert dispatch.path_for("triton", on_gpu=False) == "triton"
     with pytest.raises(ValueError, match="unknown path"):
         dispatch.use("metal")
     dispatch.use("triton")
     try:
-        assert dispatch.path_for(None) == "triton"
-        assert dispatch.path_for("reference") == "reference"
+        assert dispatch.path_for(None, on_gpu=True) == "triton"
+        assert dispatch.path_for(None, on_gpu=False) == "reference", "a drafter on the CPU beside a target on the GPU"
+        assert dispatch.path_for("reference", on_gpu=True) == "reference"
     finally:
         dispatch.use("reference")
 
