@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,19 @@ DRAFTER_ARCHITECTURE = "dflash"
 
 
 class Model:
-    """Weights and metadata. `close` frees them; contexts made from it must be gone by then."""
+    """Weights and metadata. `close` frees them; contexts made from it must be gone by then.
 
-    def __init__(self, path: str | Path, *, gpu_layers: int = -1, vocab_only: bool = False) -> None:
+    progress: hears the share loaded, 0 to 1; what it raises ends the loading and comes out of here
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        gpu_layers: int = -1,
+        vocab_only: bool = False,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
         self.path = Path(path)
         self.handle: Any = None
         check_file(self.path)
@@ -32,12 +42,18 @@ class Model:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocab_only
+        stopped: list[BaseException] = []
+        if progress is not None:
+            params.progress_callback = _told(progress, stopped)
         try:
             with native.deferred_interrupts():
                 self.handle = lib.llama_model_load_from_file(str(self.path).encode(), params)
         except KeyboardInterrupt:
             self.close()
             raise
+        if stopped:
+            self.close()
+            raise stopped[0]
         if not self.handle:
             silent = f"libllama gave no reason; is the file whole? It has {self.path.stat().st_size} bytes"
             raise DsparkError(f"{self.path} cannot be loaded: {log.reason() or silent}")
@@ -81,6 +97,20 @@ class Model:
         if self.handle:
             lib.llama_model_free(self.handle)
             self.handle = None
+
+
+def _told(progress: Callable[[float], None], stopped: list[BaseException]) -> Any:
+    """`progress` as libllama calls it. ctypes would drop what it raises: kept in `stopped`, and loading is told to end."""
+
+    def call(share: float, _: Any) -> bool:
+        try:
+            progress(share)
+        except BaseException as reason:
+            stopped.append(reason)
+            return False
+        return True
+
+    return lib.llama_progress_callback(call)
 
 
 class GgufTokenizer(Tokenizer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,16 @@ from dspark_cli.backends.llamacpp.native import lib
 class LlamaCppTarget(Target):
     """One GGUF model in one libllama context of `options.n_seq` sequences."""
 
-    def __init__(self, path: str | Path, options: ContextOptions | None = None, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        options: ContextOptions | None = None,
+        *,
+        name: str | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
         options = options or ContextOptions()
-        self.model = Model(path, gpu_layers=options.gpu_layers)
+        self.model = Model(path, gpu_layers=options.gpu_layers, progress=progress)
         try:
             if self.model.architecture == DRAFTER_ARCHITECTURE:
                 raise BadInput(

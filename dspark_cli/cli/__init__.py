@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dspark_cli import __version__
-from dspark_cli.cli import bench, calibrate, chat, convert, doctor, generate, models, pull, rm, train
+from dspark_cli.cli import batch, bench, calibrate, chat, convert, doctor, generate, models, pull, rm, train
 from dspark_cli.cli.errors import DsparkGroup
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("batch")(batch.batch)
 app.command("models")(models.models)
 app.command("pull")(pull.pull)
 app.command("rm")(rm.rm)

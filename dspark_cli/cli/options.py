@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from dspark_cli.engine.rounds import SamplingOptions
     from dspark_cli.engine.session import OpenOptions, Session
     from dspark_cli.registry.choose import Machine, Wish
+    from dspark_cli.registry.download import Report
     from dspark_cli.registry.plan import MemoryPlan
     from dspark_cli.registry.resolve import Resolved
 
@@ -87,6 +89,9 @@ class PairOptions:
     offline: bool
     thinking: bool | None = None
     chat: bool = True
+    parallel: int | None = 1  # sequences at once; None = as many as pay and fit, up to `most`
+    most: int = 16
+    quiet: bool = False
 
 
 def open_session(options: PairOptions) -> Session:
@@ -99,14 +104,21 @@ def open_options(options: PairOptions) -> OpenOptions:
     return loading(options, *find_checked(options))
 
 
-def find_checked(options: PairOptions) -> tuple[Resolved, MemoryPlan]:
-    """`find_pair` after a look at the backend; tells the user the plan and what else there is to say."""
+def check_backend(options: PairOptions) -> None:
+    """Refuse a backend nobody knows, or that this version does not drive."""
     if options.backend not in BACKENDS:
         raise BadInput(f"unknown backend {options.backend!r}: one of {', '.join(BACKENDS)}")
+
+
+def find_checked(
+    options: PairOptions, *, report: Report | None = None, say: Callable[[str], None] | None = None
+) -> tuple[Resolved, MemoryPlan]:
+    """`find_pair` after a look at the backend; tells the user (`say`, or stderr) the plan and what else there is to say."""
+    check_backend(options)
     go_offline(options.offline)
-    found, plan = find_pair(options)
+    found, plan = find_pair(options, report=report)
     for line in (why(found, plan, options), plan.line(), *found.notes, *cautions_about(found, options)):
-        typer.secho(line, dim=True, err=True)
+        (say or (lambda text: tell(options, text)))(line)
     return found, plan
 
 
@@ -124,7 +136,14 @@ def load(options: PairOptions, found: Resolved, plan: MemoryPlan) -> Session:
     return Session.open(loading(options, found, plan))
 
 
-def loading(options: PairOptions, found: Resolved, plan: MemoryPlan) -> OpenOptions:
+def note(text: str) -> None:
+    """Something worth knowing that is not the answer."""
+    typer.secho(text, dim=True, err=True)
+
+
+def loading(
+    options: PairOptions, found: Resolved, plan: MemoryPlan, say: Callable[[str], None] | None = None
+) -> OpenOptions:
     """The engine's words for what was found and planned."""
     from dspark_cli.engine.session import OpenOptions
 
@@ -135,13 +154,20 @@ def loading(options: PairOptions, found: Resolved, plan: MemoryPlan) -> OpenOpti
         drafter_path=found.drafter_path,
         policy=options.policy,
         ctx=plan.ctx if options.ctx is None else options.ctx,
+        n_seq=plan.n_seq,
         threads=options.threads,
         gpu_layers=plan.gpu_layers,
         kv_type=options.kv_type,
         flash_attn=options.flash_attn,
         device=torch_device(plan) if plan.backend == "torch" else "auto",
-        notice=lambda text: typer.secho(text, dim=True, err=True),
+        notice=say or (lambda text: tell(options, text)),
     )
+
+
+def tell(options: PairOptions, text: str) -> None:
+    """A line the user may want to know, on stderr."""
+    if not options.quiet:
+        note(text)
 
 
 def go_offline(offline: bool) -> None:
@@ -179,27 +205,44 @@ def wish(
     )
 
 
-def find_pair(options: PairOptions, *, download: bool = True) -> tuple[Resolved, MemoryPlan]:
+def find_pair(
+    options: PairOptions, *, download: bool = True, report: Report | None = None
+) -> tuple[Resolved, MemoryPlan]:
     """Files of the pair, downloaded where they are missing (`download`), and their memory plan.
 
     Raises NotReady with the numbers when it does not fit, before anything is loaded.
     """
+    found, plan = find_planned(options, download=download, report=report)
+    return found, plan.or_refuse(found.name)
+
+
+def find_planned(
+    options: PairOptions, *, download: bool = True, report: Report | None = None
+) -> tuple[Resolved, MemoryPlan]:
+    """`find_pair` for a plan that need not fit. report: hears of downloads, instead of bars on stderr."""
     from dspark_cli.cli.progress import make_report
     from dspark_cli.registry.obtain import obtain
+    from dspark_cli.registry.parallel import plan_parallel
     from dspark_cli.registry.resolve import plan_for, resolve
 
     wanted, machine = pair_wish(options), usable_machine(options)
-    if download:
-        with make_report() as report:
-            found = obtain(options.model, wanted, machine, report)
+    if download and report is not None:
+        found = obtain(options.model, wanted, machine, report)
+    elif download:
+        with make_report() as bars:
+            found = obtain(options.model, wanted, machine, bars)
     else:
         found = resolve(options.model, wanted.quant, wanted, machine)
-    check_backend(found, options)
+    check_opens(found, options)
     check_drafter(options.drafter)
     own = Path(options.drafter).expanduser()
-    plan = plan_for(found, machine, wanted.options, own if own.exists() and is_path(options.drafter) else None)
+    drafter = own if own.exists() and is_path(options.drafter) else None
+    if options.parallel == 1:
+        plan = plan_for(found, machine, wanted.options, drafter)
+    else:
+        plan = plan_parallel(found, machine, wanted.options, drafter, n_seq=options.parallel, most=options.most)
     check_card(found)
-    return found, plan.or_refuse(found.name)
+    return found, plan
 
 
 def pair_wish(options: PairOptions) -> Wish:
@@ -232,7 +275,7 @@ def usable_machine(options: PairOptions) -> Machine:
     return replace(machine, accelerators=wanted)
 
 
-def check_backend(found: Resolved, options: PairOptions) -> None:
+def check_opens(found: Resolved, options: PairOptions) -> None:
     """Refuse what the backend asked for cannot open. Raises BadInput, or NotReady where torch is missing."""
     if found.backend == "torch":
         from dspark_cli.engine.opening import need_torch

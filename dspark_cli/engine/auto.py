@@ -153,8 +153,13 @@ class AutoSchedule(Schedule):
         self._smooth: tuple[Array, int] = (NOTHING, 0)
         self._parked: str | None = None
         self._judged_earlier = False
+        self._room = 1 << 30  # draft tokens that the pass has room for
 
     # -- whether to draft ----------------------------------------------------------------------------------------------
+
+    def limit(self, room: int, requests: int) -> int:
+        self._room = room
+        return max(0, room)
 
     def block(self, limits: Sequence[int], depth: float) -> list[int]:
         shared = len(limits)
@@ -237,7 +242,7 @@ class AutoSchedule(Schedule):
         ms = self._smoothed(plan.round_ms(len(plan.verify) - 1)) if sampled else plan.round_ms(size)
         tokens, cost = self._past
         carry = (tokens * plan.shared, min(cost, tokens) * plan.plain)
-        cap = None if self.cap is None else self.cap - plan.shared
+        cap = self._room if self.cap is None else min(self._room, self.cap - plan.shared)
         lengths = admit(offered, ms, early_stop=sampled, carry=carry, cap=cap)
         plan.verified = sum(lengths)
         plan.expected += sum(float(a[:n].sum()) for a, n in zip(offered, lengths, strict=True) if n) / plan.shared

@@ -6,9 +6,8 @@ Everything that generates (chat, generate, batch, bench, the terminal UI) reads 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import numpy as np
@@ -19,63 +18,22 @@ from dspark_cli.backends.base import (
     ContextFull,
     Draft,
     Drafter,
-    DraftRequest,
+    DsparkError,
     FloatArray,
     Row,
     RowOutput,
     Target,
 )
-from dspark_cli.backends.standalone import common_prefix
-from dspark_cli.engine.rounds import FinishReason, Request, Round, Times
-from dspark_cli.engine.sampling import Sampler
+from dspark_cli.engine.clock import PassClock
+from dspark_cli.engine.rounds import Request, Round, Times
+from dspark_cli.engine.running import Running
 from dspark_cli.engine.schedule import Off, Outcome, Schedule
-from dspark_cli.engine.text import TextStream
+from dspark_cli.engine.slots import Slots
 
-PREFILL_CHUNK = 512  # tokens per prefill pass: bounds feature buffers, and Ctrl-C answers between chunks
-
-
-@dataclass
-class _Active:
-    """A request that is being decoded in sequence `seq`. `anchor` is committed but not yet in any cache."""
-
-    request: Request
-    seq: int
-    sampler: Sampler
-    stream: TextStream
-    anchor: int = 0
-    produced: int = 0
-    finish: FinishReason | None = None
-
-    def draft_request(self, block: int) -> DraftRequest:
-        choose = self.sampler.choose_draft if self.sampler.samples_drafts else None
-        return DraftRequest(self.seq, self.anchor, block, choose)
-
-    def trim(self, tokens: Sequence[int], room: int) -> tuple[list[int], str]:
-        """The tokens up to the first that ends the answer, and the text they add; sets `finish`.
-
-        `room`: tokens the context still takes.
-        """
-        kept: list[int] = []
-        text = ""
-        limit = self.request.max_tokens
-        for token in tokens:
-            kept.append(token)
-            self.produced += 1
-            if token in self.request.stop_ids:
-                self.finish = "stop"
-            else:
-                text += self.stream.push(token)
-                if self.stream.stopped:
-                    self.finish = "stop"
-                elif limit is not None and self.produced >= limit:
-                    self.finish = "length"
-                elif len(kept) >= room:
-                    self.finish = "context"
-            if self.finish:
-                text += self.stream.flush()
-                break
-        self.sampler.commit(kept)
-        return kept, text
+PREFILL_CHUNK = 512  # prompt tokens per pass: bounds feature buffers, and Ctrl-C answers between chunks
+#: prompt tokens in a pass that others decode in, by device: enough to use the machine, few enough that nobody stalls
+BESIDE = {"cpu": 64}
+BESIDE_GPU = 256  # never measured
 
 
 @dataclass
@@ -84,6 +42,7 @@ class Engine:
 
     margins: also report, per committed token, the gap between the first and second logit (greedy only).
     clock:   seconds, from any start
+    on_prefill: is told, before each pass over a prompt, the tokens of it that are computed and all; may raise to stop
     """
 
     target: Target
@@ -91,122 +50,133 @@ class Engine:
     schedule: Schedule = field(default_factory=Off)
     margins: bool = False
     clock: Callable[[], float] = time.perf_counter
-    _cached: dict[int, list[int]] = field(default_factory=dict)
+    on_prefill: Callable[[int, int], None] = lambda done, total: None
+    _slots: Slots = field(default_factory=Slots)
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Round]:
+    def run(self, requests: Iterable[Request], *, isolate: bool = False) -> Iterator[Round]:
         """Decode `requests`, as many at once as the target has sequences; yields rounds as they happen.
 
-        The target's distribution is preserved exactly (see sampling.py). A request whose prompt begins with what a free
-        sequence has cached continues there. Raises ContextFull or BadInput for a prompt that cannot be served.
+        The target's distribution is preserved exactly (see sampling.py). A request is taken from the iterable when a
+        sequence is free for it; what its prompt shares with any sequence is not computed again.
+        A prompt that cannot be served raises ContextFull or BadInput; with `isolate` it is one round with the `error`.
         """
         if self.drafter is not None:
             self.target.request_features(self.drafter.feature_layers)
         waiting = iter(requests)
-        active: list[_Active] = []
+        running: list[Running] = []
         try:
             while True:
-                free = [s for s in range(self.target.info.n_seq) if s not in {a.seq for a in active}]
-                for request in islice(waiting, len(free)):
-                    started, first = self._prefill(request, free)
-                    free.remove(started.seq)
-                    yield first
-                    if not started.finish:
-                        active.append(started)
-                if not active:
+                yield from self._admit(waiting, running, isolate)
+                if not running:
                     return
-                rounds = self._round(active)
-                active = [a for a in active if not a.finish]
+                rounds = self._pass(running)
+                running = [r for r in running if not r.finish]
                 yield from rounds
         except GeneratorExit:
             raise
         except BaseException:
             # Interrupted inside a pass: caches of target and drafter may disagree, so nothing of them is reused.
-            self._cached.clear()
+            self._slots.tokens.clear()
             raise
 
-    # -- one draft-verify cycle ----------------------------------------------------------------------------------
+    def forget(self) -> None:
+        """Reuse nothing of the caches: somebody else wrote to them."""
+        self._slots.tokens.clear()
 
-    def _round(self, active: list[_Active]) -> list[Round]:
-        """Draft, choose, verify, commit: one cycle of all active requests."""
+    # -- one pass: a draft-verify cycle of those who decode, a chunk of the prompts of those who do not yet -------------
+
+    def _pass(self, running: list[Running]) -> list[Round]:
+        """Draft, choose, verify, commit; beside it, prompts move on."""
         target, schedule = self.target, self.schedule
-        clock = _Clock(self)
+        clock = PassClock(target, self.drafter, self.clock)
+        decoding = [r for r in running if r.decoding]
+        chunks = self._chunks(running, beside=len(decoding))
+        prompt_tokens = sum(len(chunk) for _, chunk in chunks)
 
-        proposals = self._propose(active)
+        proposals = self._propose(decoding, target.max_rows - prompt_tokens)
         clock.lap("draft")
-        drafts = [draft.prefix(n) for draft, n in zip(proposals, schedule.choose(proposals), strict=True)]
+        lengths = schedule.choose(proposals) if decoding else []
+        drafts = [draft.prefix(n) for draft, n in zip(proposals, lengths, strict=True)]
 
-        starts = [target.length(a.seq) for a in active]
-        outputs = target.step([Row(a.seq, [a.anchor, *d.tokens.tolist()]) for a, d in zip(active, drafts, strict=True)])
+        rows = [Row(r.seq, [r.anchor, *d.tokens.tolist()]) for r, d in zip(decoding, drafts, strict=True)]
+        rows += [Row(r.seq, chunk, int(r.filled + len(chunk) == len(r.prompt))) for r, chunk in chunks]
+        for r, _ in chunks:
+            self.on_prefill(r.filled, len(r.prompt))
+        outputs = target.step(rows)
         clock.lap("verify")
 
-        outcomes: list[Outcome] = []
-        committed: list[tuple[list[int], str, int]] = []
-        injected_ms = 0.0
-        for a, start, proposal, draft, output in zip(active, starts, proposals, drafts, outputs, strict=True):
-            accepted, bonus = a.sampler.verify(output.logits, draft)
-            outcomes.append(judge(proposal, len(draft), accepted, bonus))
-            anchor = a.anchor
-            tokens, text = a.trim([*draft.tokens[:accepted].tolist(), bonus], target.info.n_ctx - start - 1)
-            kept = min(accepted, len(tokens))
-            a.anchor = tokens[-1]
-            target.rewind(a.seq, start + 1 + kept)  # rejected positions leave the cache
-            began = self.clock()
-            self._observe(a.seq, [anchor, *tokens[:kept]], output, outcomes[-1])
-            injected_ms += (self.clock() - began) * 1e3
-            self._cached[a.seq] += [anchor, *tokens[:kept]]
-            committed.append((tokens, text, kept))
-        times = clock.times(injected_ms)
-        schedule.observe(outcomes, times)
-
-        margins = [
-            _margins(o.logits, len(c[0])) if self.margins else None for o, c in zip(outputs, committed, strict=True)
+        cycles = [
+            self._commit(r, proposal, draft, output, clock)
+            for r, proposal, draft, output in zip(decoding, proposals, drafts, outputs, strict=False)
         ]
-        return [
-            Round(
-                request=a.request.id,
-                tokens=tuple(tokens),
-                text=text,
-                drafted=len(proposal),
-                verified=len(draft),
-                accepted=kept,
-                confidence=None if proposal.confidence is None else tuple(map(float, proposal.confidence)),
-                source=proposal.source if len(proposal) else "",
-                times=times,
-                parked=schedule.parked,
-                finish=a.finish,
-                shared=len(active),
-                margins=margin,
-            )
-            for a, proposal, draft, (tokens, text, kept), margin in zip(
-                active, proposals, drafts, committed, margins, strict=True
-            )
-        ]
+        times, prompt_ms = clock.split(prompt_tokens / sum(len(row.tokens) for row in rows))
+        rounds = [replace(item, times=times, shared=len(decoding), beside=prompt_tokens) for item, _ in cycles]
+        if decoding:
+            # A pass with prompts in it says nothing about what verifying costs.
+            schedule.observe([outcome for _, outcome in cycles], replace(times, verify=0.0) if chunks else times)
+            rounds = [replace(item, parked=schedule.parked) for item in rounds]
+        for (r, chunk), output in zip(chunks, outputs[len(decoding) :], strict=True):
+            rounds += self._fill(r, chunk, output, prompt_ms * len(chunk) / prompt_tokens)
+        self._slots.join(target, self.drafter, running)
+        return rounds
 
-    def _propose(self, active: list[_Active]) -> list[Draft]:
-        """A draft per active request, within what its token limit, the context and the pass leave room for."""
-        drafter, share = self.drafter, self.target.max_rows // len(active) - 1
+    def _commit(
+        self, r: Running, proposal: Draft, draft: Draft, output: RowOutput, clock: PassClock
+    ) -> tuple[Round, Outcome]:
+        """Judge one draft, take rejected positions out of the cache, tell the drafter what stays."""
+        start = self.target.length(r.seq) - len(draft) - 1
+        accepted, bonus = r.sampler.verify(output.logits, draft)
+        outcome = judge(proposal, len(draft), accepted, bonus)
+        anchor = r.anchor
+        tokens, text = r.trim([*draft.tokens[:accepted].tolist(), bonus], self.target.info.n_ctx - start - 1)
+        kept = min(accepted, len(tokens))
+        r.anchor = tokens[-1]
+        self.target.rewind(r.seq, start + 1 + kept)
+        with clock.injecting():
+            self._observe(r.seq, [anchor, *tokens[:kept]], output, outcome)
+        return Round(
+            request=r.request.id,
+            tokens=tuple(tokens),
+            text=text,
+            drafted=len(proposal),
+            verified=len(draft),
+            accepted=kept,
+            confidence=None if proposal.confidence is None else tuple(map(float, proposal.confidence)),
+            source=proposal.source if len(proposal) else "",
+            finish=r.finish,
+            margins=self._margins_of(r, output.logits, len(tokens)),
+        ), outcome
+
+    def _propose(self, decoding: list[Running], rows: int) -> list[Draft]:
+        """A draft per decoding request, within what its token limit, the context and the pass (`rows`) leave room for."""
+        if not decoding:
+            return []
+        drafter, schedule = self.drafter, self.schedule
+        share = schedule.limit(rows - len(decoding), len(decoding))
         longest = drafter.block_size if drafter is not None else 0
-        limits = [max(0, min(longest, share, self._room(a))) for a in active]
-        blocks = self.schedule.block(limits, fmean(self.target.length(a.seq) for a in active))
+        limits = [max(0, min(longest, share, self._room(r))) for r in decoding]
+        blocks = schedule.block(limits, fmean(self.target.length(r.seq) for r in decoding))
         if drafter is None or not any(blocks):
-            return [EMPTY_DRAFT for _ in active]
-        proposals = drafter.quick([a.draft_request(block) for a, block in zip(active, blocks, strict=True)])
+            return [EMPTY_DRAFT for _ in decoding]
+        proposals = drafter.quick([r.draft_request(block) for r, block in zip(decoding, blocks, strict=True)])
         if drafter.has_pass:
-            sizes = self.schedule.passes([min(block, drafter.pass_block) for block in blocks], proposals)
+            sizes = schedule.passes([min(block, drafter.pass_block) for block in blocks], proposals)
             asked = [i for i, size in enumerate(sizes) if size > 0]
-            made = drafter.propose([active[i].draft_request(sizes[i]) for i in asked]) if asked else []
+            made = drafter.propose([decoding[i].draft_request(sizes[i]) for i in asked]) if asked else []
             for i, draft in zip(asked, made, strict=True):
                 proposals[i] = draft
         return proposals
 
-    def _room(self, a: _Active) -> int:
+    def _room(self, r: Running) -> int:
         """Draft tokens that can still be committed: the bonus token takes one place of every limit."""
-        room = self.target.info.n_ctx - self.target.length(a.seq) - 2
-        if a.request.max_tokens is not None:
-            room = min(room, a.request.max_tokens - a.produced - 1)
+        room = self.target.info.n_ctx - self.target.length(r.seq) - 2
+        if r.request.max_tokens is not None:
+            room = min(room, r.request.max_tokens - r.produced - 1)
         return room
 
     def _observe(self, seq: int, tokens: list[int], output: RowOutput, outcome: Outcome | None = None) -> None:
+        """`tokens` stay in the target's cache: note it, and tell the drafter."""
+        self._slots.tokens[seq] += tokens
         if self.drafter is None:
             return
         if outcome is not None and outcome.judged:
@@ -214,85 +184,70 @@ class Engine:
         features = None if output.features is None else output.features[: len(tokens)]
         self.drafter.observe(seq, tokens, features)
 
-    # -- prefill -------------------------------------------------------------------------------------------------
+    def _margins_of(self, r: Running, logits: FloatArray, count: int) -> tuple[float, ...] | None:
+        return margins(logits[:count]) if self.margins and r.request.sampling.greedy else None
 
-    def _prefill(self, request: Request, free: list[int]) -> tuple[_Active, Round]:
-        """Compute the prompt (what is not cached yet) and draw the first token."""
-        began = time.perf_counter()
-        prompt = list(request.prompt)
-        self._check(prompt)
-        seq, cached = self._place(prompt, free)
-        for keeper in (self.target, self.drafter):
-            if keeper is not None:
-                keeper.rewind(seq, cached)
-        self._cached[seq] = prompt[:cached]
-        output: RowOutput | None = None
-        for begin in range(cached, len(prompt), PREFILL_CHUNK):
-            chunk = prompt[begin : begin + PREFILL_CHUNK]
-            last = begin + len(chunk) == len(prompt)
-            output = self.target.step([Row(seq, chunk, n_logits=1 if last else 0)])[0]
-            self._observe(seq, chunk, output)
-            self._cached[seq] += chunk
-        assert output is not None  # at least the last prompt token is always computed
-        a = _Active(request, seq, Sampler(request.sampling, prompt), TextStream(self.target.tokenizer, request.stop))
-        tokens, text = a.trim([a.sampler.first(output.logits[-1])], self.target.info.n_ctx - len(prompt))
-        a.anchor = tokens[-1]
-        milliseconds = (time.perf_counter() - began) * 1e3
-        return a, Round(
-            request=request.id,
-            tokens=tuple(tokens),
-            text=text,
-            times=Times(verify=milliseconds),
-            finish=a.finish,
-            prefill_tokens=len(prompt) - cached,
-            cached=cached,
-            margins=_margins(output.logits[-1:], 1) if self.margins else None,
-        )
+    # -- prompts -------------------------------------------------------------------------------------------------------
 
-    def _check(self, prompt: list[int]) -> None:
-        if not prompt:
-            raise BadInput("the prompt is empty: there is nothing to continue")
-        if len(prompt) >= self.target.info.n_ctx:
-            raise ContextFull(
-                f"the prompt has {len(prompt)} tokens, the context holds {self.target.info.n_ctx}",
-                hint=f"--ctx {len(prompt) + 512}",
+    def _admit(self, waiting: Iterator[Request], running: list[Running], isolate: bool) -> Iterator[Round]:
+        """Give every free sequence a request, as long as there are any; yields the refusals."""
+        free = sorted(set(range(self.target.info.n_seq)) - {r.seq for r in running})
+        while free and (request := next(waiting, None)) is not None:
+            problem = self._problem(request)
+            if problem is None:
+                new = Running(request, free[0], list(request.prompt), self.target.tokenizer)
+                self._slots.place(self.target, self.drafter, new, free, running)
+                free.remove(new.seq)
+                running.append(new)
+            elif isolate:
+                yield Round(request.id, (), finish="error", error=problem)
+            else:
+                raise problem
+
+    def _problem(self, request: Request) -> DsparkError | None:
+        """Why a request cannot be served; None if it can."""
+        size, n_ctx = len(request.prompt), self.target.info.n_ctx
+        if not size:
+            return BadInput("the prompt is empty: there is nothing to continue")
+        if size >= n_ctx:
+            return ContextFull(f"the prompt has {size} tokens, the context holds {n_ctx}", hint=f"--ctx {size + 512}")
+        return None
+
+    def _chunks(self, running: list[Running], beside: int) -> list[tuple[Running, list[int]]]:
+        """Prompt tokens to compute in this pass, first come first served; `beside`: requests that decode in it."""
+        left = min(PREFILL_CHUNK, self.target.max_rows)
+        if beside:
+            left = max(1, min(BESIDE.get(self.target.info.device, BESIDE_GPU), self.target.max_rows - 2 * beside))
+        chunks = []
+        for r in running:
+            chunk = r.prompt[r.filled : r.filled + left] if r.leader is None and left > 0 else []
+            if chunk:
+                chunks.append((r, chunk))
+                left -= len(chunk)
+        return chunks
+
+    def _fill(self, r: Running, chunk: list[int], output: RowOutput, ms: float) -> list[Round]:
+        """A chunk of a prompt is computed; after the last one the first token is drawn, and that is a round."""
+        began = self.clock()
+        self._observe(r.seq, chunk, output)
+        r.filled += len(chunk)
+        r.prefill_ms += ms + (self.clock() - began) * 1e3
+        if not r.decoding:
+            return []
+        tokens, text = r.trim([r.sampler.first(output.logits[-1])], self.target.info.n_ctx - len(r.prompt))
+        r.anchor = tokens[-1]
+        return [
+            Round(
+                request=r.request.id,
+                tokens=tuple(tokens),
+                text=text,
+                times=Times(verify=r.prefill_ms),
+                finish=r.finish,
+                prefill_tokens=len(r.prompt) - r.cached,
+                cached=r.cached,
+                margins=self._margins_of(r, output.logits[-1:], 1),
             )
-
-    def _place(self, prompt: list[int], free: list[int]) -> tuple[int, int]:
-        """(sequence, tokens of the prompt it has cached): the free sequence that knows most of the prompt."""
-        known = {s: min(common_prefix(self._cached.get(s, []), prompt), len(prompt) - 1) for s in free}
-        seq = max(free, key=lambda s: known[s])
-        return seq, known[seq]
-
-
-class _Clock:
-    """Splits a round into passes and overhead: native time of the target is `verify`, the drafter's call is `draft`.
-
-    Features that the drafter took in only now, because it was parked before, count as `inject`.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._native, self._delayed = self._counters()
-        self._began = self._last = engine.clock()
-        self._laps: dict[str, float] = {}
-
-    def _counters(self) -> tuple[float, float]:
-        drafter = self._engine.drafter
-        return self._engine.target.native_ms, drafter.inject_ms if drafter is not None else 0.0
-
-    def lap(self, name: str) -> None:
-        now = self._engine.clock()
-        self._laps[name] = (now - self._last) * 1e3
-        self._last = now
-
-    def times(self, inject_ms: float) -> Times:
-        total = (self._engine.clock() - self._began) * 1e3
-        native, delayed = self._counters()
-        verify, delayed = native - self._native, delayed - self._delayed
-        draft = max(0.0, self._laps["draft"] - delayed)
-        inject = inject_ms + delayed
-        return Times(draft, verify, inject, own=max(0.0, total - draft - verify - inject))
+        ]
 
 
 def judge(proposal: Draft, verified: int, accepted: int, bonus: int) -> Outcome:
@@ -307,7 +262,11 @@ def judge(proposal: Draft, verified: int, accepted: int, bonus: int) -> Outcome:
     return Outcome(proposal, verified, accepted, judged, kept)
 
 
-def _margins(logits: FloatArray, count: int) -> tuple[float, ...]:
-    """First minus second logit of the first `count` rows of [n, V]."""
-    top = np.partition(logits[:count], -2, axis=1)[:, -2:]
-    return tuple(map(float, top[:, 1] - top[:, 0]))
+def margins(logits: FloatArray) -> tuple[float, ...]:
+    """First minus second logit of each row of [n, V]."""
+    found = []
+    for row in logits:
+        best = int(row.argmax())
+        second = max(row[:best].max(initial=-np.inf), row[best + 1 :].max(initial=-np.inf))
+        found.append(float(row[best] - second))
+    return tuple(found)

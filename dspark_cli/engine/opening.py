@@ -28,7 +28,8 @@ def open_target(options: OpenOptions) -> Target:
         return open_folder(options.model, _torch_options(options), name=options.name)
     from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 
-    return LlamaCppTarget(options.model, options.context(), name=options.name)
+    told = options.told("loading the model")
+    return LlamaCppTarget(options.model, options.context(), name=options.name, progress=told)
 
 
 def need_torch(name: str) -> None:

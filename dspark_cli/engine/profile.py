@@ -37,6 +37,7 @@ FIRST_WIDTHS = (1, 2, 4, 3)
 MORE_WIDTHS = (6, 5, 8, 7, 12, 10, 9, 14, 11, 13, 15, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 
 Notice = Callable[[str], None]
+Progress = Callable[[float], None]
 
 
 def budget_s() -> float:
@@ -109,6 +110,7 @@ def measure(
     *,
     seconds: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    progress: Progress | None = None,
 ) -> Profile:
     """Profile a pair in about `seconds`. Uses, and leaves empty, sequence 0 of both.
 
@@ -118,6 +120,8 @@ def measure(
     profile = Profile()
     bench = _Bench(target, drafter, clock)
     end = clock() + seconds
+    if progress is not None:
+        bench.tell = lambda: progress(min(1.0, max(0.0, 1.0 - (end - clock()) / seconds)) if seconds else 1.0)
     try:
         depth = bench.fill(min(SHALLOW, target.info.n_ctx // 4))
         first = max(bench.verify(1) for _ in range(2))  # warm: the first passes build graphs and wake threads
@@ -158,6 +162,7 @@ class _Bench:
 
     def __init__(self, target: Target, drafter: Drafter | None, clock: Callable[[], float]) -> None:
         self.target, self.drafter, self.clock = target, drafter, clock
+        self.tell: Callable[[], None] = lambda: None  # after each pass; may raise to end the measurement
         self._ids = np.random.default_rng(0).integers(0, target.info.n_vocab, size=4096).tolist()
         self.widest = min((drafter.block_size if drafter else 0) + 1, target.max_rows)
 
@@ -211,6 +216,7 @@ class _Bench:
                 if self.clock() >= until:
                     return
                 profile.add(job, run[job[0]](job[2]))
+                self.tell()
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------------
@@ -296,15 +302,17 @@ class Place:
         self.path.unlink(missing_ok=True)
 
 
-def costs_of(target: Target, drafter: Drafter | None, place: Place, notice: Notice) -> CostModel:
-    """The costs of a loaded pair: kept at `place` from earlier, or measured now."""
+def costs_of(
+    target: Target, drafter: Drafter | None, place: Place, notice: Notice, progress: Progress | None = None
+) -> CostModel:
+    """The costs of a loaded pair: kept at `place` from earlier, or measured now (`progress` hears how far, and may raise)."""
     known = place.load(notice)
     if known is not None:
         return known
     seconds = budget_s()
     if seconds >= 1:
         notice(f"measuring what passes cost on this machine (once, about {seconds:.0f} s)")
-    profile = measure(target, drafter, seconds=seconds)
+    profile = measure(target, drafter, seconds=seconds, progress=progress)
     try:
         costs = profile.costs()
     except ValueError:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "context"]
+from dspark_cli.backends.errors import DsparkError
+
+FinishReason = Literal["stop", "length", "context", "error"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Times:
     """Milliseconds of one round. `own` is everything outside the native passes, Python included.
 
     When several sequences share the passes, each round carries the cost of the whole pass: `Round.shared` says among how many.
+    Of a pass that prompts were computed in too, it carries the share of its own tokens.
     """
 
     draft: float = 0.0
@@ -84,9 +87,11 @@ class Round:
     source:      which drafter proposed ("" when none did)
     parked:      why speculation is parked; None while speculating
     finish:      why the request ended, in its last round
-    shared:      requests that took part in the same passes
+    shared:      requests that decoded in the same pass
+    beside:      prompt tokens of others that were computed in the same pass
     cached:      (prefill only) prompt tokens found in the cache, not computed again
-    margins:     logit of the first minus that of the second choice, per committed token, when asked for (`--check`)
+    margins:     logit of the first minus that of the second choice, per committed token, when asked for; None if sampled
+    error:       why the request cannot be served (`finish` is then "error" and nothing was produced)
     """
 
     request: int
@@ -101,9 +106,11 @@ class Round:
     parked: str | None = None
     finish: FinishReason | None = None
     shared: int = 1
+    beside: int = 0
     prefill_tokens: int | None = None
     cached: int = 0
     margins: tuple[float, ...] | None = None
+    error: DsparkError | None = None
 
     @property
     def is_prefill(self) -> bool:

@@ -37,10 +37,18 @@ class Outcome:
 class Schedule(ABC):
     """A policy over R >= 1 sequences that share one verify pass.
 
-    Per round: `block`, then `passes` where the drafter has a pass, `choose` once the drafts are there, `observe` at the end.
+    Per round: `limit` and `block`, then `passes` where the drafter has a pass, `choose` once the drafts are there, `observe`
+    at the end.
     """
 
     name: str
+
+    def limit(self, room: int, requests: int) -> int:
+        """Tokens that one sequence may draft, where the pass has `room` for draft tokens of all `requests`. Before `block`.
+
+        An equal share, unless `choose` keeps to `room` itself.
+        """
+        return max(0, room // requests)
 
     @abstractmethod
     def block(self, limits: Sequence[int], depth: float) -> list[int]:

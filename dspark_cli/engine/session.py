@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
@@ -44,6 +45,7 @@ class OpenOptions:
     device:       where a checkpoint folder goes: auto, or a kind with or without a number (cuda:1); GGUF: see gpu_layers
     drafter_backend: who runs a block drafter beside a GGUF: auto, llamacpp or torch (runners.py)
     notice:       is told, in one line, what the user may want to know
+    progress:     is told how far loading is (stage, share done from 0 to 1); may raise to end it
     """
 
     model: Path
@@ -60,11 +62,16 @@ class OpenOptions:
     device: str = "auto"
     drafter_backend: str = "auto"
     notice: Callable[[str], None] = lambda text: None
+    progress: Callable[[str, float], None] | None = None
 
     @property
     def drafter_file(self) -> Path | None:
         """The file of the model drafter, if one is named or known."""
         return self.drafter_path if self.drafter in DRAFTER_WORDS else Path(self.drafter)
+
+    def told(self, stage: str) -> Callable[[float], None] | None:
+        """`progress` for one stage."""
+        return None if self.progress is None else partial(self.progress, stage)
 
     def context(self) -> ContextOptions:
         return ContextOptions(
@@ -120,23 +127,33 @@ class Session:
         """
         schedule = parse_policy(options.policy or DEFAULT_POLICY)
         if options.drafter == "none":
-            if options.policy not in (None, "off"):
-                raise BadInput(f"--policy {options.policy} needs a drafter, and --drafter none asks for no drafter")
-            schedule = Off()
+            schedule = _no_drafter(options)
         with ExitStack() as stack:
             target = stack.enter_context(open_target(options))
-            drafter = None if isinstance(schedule, Off) else open_drafter(options, target)
-            if drafter is not None:
-                if drafter.has_pass:
-                    drafter = CombinedDrafter(drafter, LookupDrafter() if options.drafter == "auto" else None)
-                stack.enter_context(drafter)
-                # Check now what the drafter wants to read, not at the first answer.
-                target.request_features(drafter.feature_layers)
-            session = cls(target, drafter, schedule)
+            session = cls(target, _drafter_of(options, target, schedule, stack), schedule)
             if isinstance(schedule, AutoSchedule):
                 session._prepare(schedule, options, measure_anew)
             stack.pop_all()
             return session
+
+    def switch(self, options: OpenOptions) -> None:
+        """Another drafter or policy beside the loaded target; call it between answers. Raises with everything as it was.
+
+        The next answer computes its whole prompt again, as the new drafter has not seen it.
+        """
+        assert isinstance(self.target, LlamaCppTarget)
+        schedule = parse_policy(options.policy or DEFAULT_POLICY)
+        if options.drafter == "none":
+            schedule = _no_drafter(options)
+        self._engine.forget()  # measuring empties the caches
+        with ExitStack() as stack:
+            new = Session(self.target, _drafter_of(options, self.target, schedule, stack), schedule)
+            if isinstance(schedule, AutoSchedule):
+                new._prepare(schedule, options, False)
+            stack.pop_all()
+        self._end_drafting()
+        new._engine.on_prefill = self._engine.on_prefill
+        self.drafter, self.schedule, self.profile, self._engine = new.drafter, schedule, new.profile, new._engine
 
     def _prepare(self, schedule: AutoSchedule, options: OpenOptions, measure_anew: bool) -> None:
         """Give the schedule what is known of this pair on this machine, measuring it if need be."""
@@ -144,7 +161,8 @@ class Session:
         self.profile = Place.of(self.target, self.drafter, file)
         if measure_anew:
             self.profile.forget()
-        schedule.costs = costs_of(self.target, self.drafter, self.profile, options.notice)
+        told = options.told("measuring what passes cost here (once)")
+        schedule.costs = costs_of(self.target, self.drafter, self.profile, options.notice, told)
         schedule.beliefs = load_beliefs(file, options.notice)
         schedule.label = self.target.info.format
         schedule.cap = self.target.max_rows
@@ -160,29 +178,45 @@ class Session:
     ) -> Request:
         """A request that answers the last of `messages` (`role`, `content`) through the model's chat template."""
         text = self.target.render_chat(messages, thinking=thinking)
-        return self._request(self.target.tokenizer.encode(text, special=True, bos=True), max_tokens, sampling, stop)
+        return self.prompt_request(text, chat=True, max_tokens=max_tokens, sampling=sampling, stop=stop)
 
     def text_request(
         self, text: str, *, max_tokens: int | None, sampling: SamplingOptions, stop: tuple[str, ...] = ()
     ) -> Request:
         """A request that continues `text` as it is, without a template."""
-        return self._request(self.target.tokenizer.encode(text, bos=True), max_tokens, sampling, stop)
+        return self.prompt_request(text, chat=False, max_tokens=max_tokens, sampling=sampling, stop=stop)
 
-    def _request(
-        self, ids: list[int], max_tokens: int | None, sampling: SamplingOptions, stop: tuple[str, ...]
+    def prompt_request(
+        self, text: str, *, chat: bool, max_tokens: int | None, sampling: SamplingOptions, stop: tuple[str, ...] = ()
     ) -> Request:
-        return Request(ids, max_tokens, sampling, self.target.tokenizer.eog_ids, stop)
+        """A request for a prompt's text; `chat`: a template made it, so its markers are control tokens."""
+        tokenizer = self.target.tokenizer
+        ids = tokenizer.encode(text, special=chat, bos=True)
+        return Request(ids, max_tokens, sampling, tokenizer.eog_ids, stop)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token: a text of n bytes has at least n / longest_token tokens."""
+        tokenizer = self.target.tokenizer
+        # 32: control tokens have no bytes of their own, but are written out in a template's text.
+        return max(32, *(len(tokenizer.token_bytes(token)) for token in range(tokenizer.n_vocab)))
+
+    def on_prefill(self, told: Callable[[int, int], None]) -> None:
+        """Before each pass over a prompt, `told` hears the tokens computed and those of the prompt; it may raise to stop."""
+        self._engine.on_prefill = told
 
     def run(self, request: Request, *, plain: bool = False, margins: bool = False) -> Iterator[Round]:
         """Decode one request; `plain` without drafting. What the cache already has of the prompt is not computed again."""
         return self.run_all([request], plain=plain, margins=margins)
 
-    def run_all(self, requests: Iterable[Request], *, plain: bool = False, margins: bool = False) -> Iterator[Round]:
-        """Decode many requests, as many at once as the session has sequences."""
+    def run_all(
+        self, requests: Iterable[Request], *, plain: bool = False, margins: bool = False, isolate: bool = False
+    ) -> Iterator[Round]:
+        """Decode many requests, as many at once as the session has sequences; `isolate`: see Engine.run."""
         engine = self._engine
         engine.schedule = Off() if plain else self.schedule
         engine.margins = margins
-        return engine.run(requests)
+        return engine.run(requests, isolate=isolate)
 
     def check(self, request: Request) -> CheckReport:
         """Decode `request` twice, with and without drafting, and compare token by token."""
@@ -201,11 +235,14 @@ class Session:
         )
 
     def close(self) -> None:
+        self._end_drafting()
+        self.target.close()
+
+    def _end_drafting(self) -> None:
         if self.profile is not None and isinstance(self.schedule, AutoSchedule) and self.schedule.costs.disagrees:
             self.profile.forget()  # rounds refuted it: measured again next time
         if self.drafter is not None:
             self.drafter.close()  # it borrows from the target: it goes first
-        self.target.close()
 
     def __enter__(self) -> Self:
         return self
@@ -221,6 +258,25 @@ def first_difference(first: list[int], second: list[int]) -> int | None:
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
+
+
+def _no_drafter(options: OpenOptions) -> Schedule:
+    if options.policy not in (None, "off"):
+        raise BadInput(f"--policy {options.policy} needs a drafter, and --drafter none asks for no drafter")
+    return Off()
+
+
+def _drafter_of(options: OpenOptions, target: Target, schedule: Schedule, stack: ExitStack) -> Drafter | None:
+    """The drafter that goes with `schedule`, checked against the target; `stack` closes it."""
+    drafter = None if isinstance(schedule, Off) else open_drafter(options, target)
+    if drafter is None:
+        return None
+    if drafter.has_pass:
+        drafter = CombinedDrafter(drafter, LookupDrafter() if options.drafter == "auto" else None)
+    stack.enter_context(drafter)
+    # Check now what the drafter wants to read, not at the first answer.
+    target.request_features(drafter.feature_layers)
+    return drafter
 
 
 def open_drafter(options: OpenOptions, target: Target) -> Drafter | None:
