@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from dspark_cli.backends.base import BadInput, DsparkError, PairMismatch  # noqa: E402
 from dspark_cli.bench.local import Results, Settings, run_all  # noqa: E402
 from dspark_cli.engine.profile import file_facts  # noqa: E402
-from dspark_cli.engine.rounds import SamplingOptions  # noqa: E402
+from dspark_cli.engine.rounds import Request, SamplingOptions  # noqa: E402
 from dspark_cli.engine.session import OpenOptions, Session  # noqa: E402
 from dspark_cli.engine.stats import Stats  # noqa: E402
 from tiny import DRAFTER, EAGLE, tiny_checkpoint, tiny_config, tiny_drafter, tiny_gguf, tiny_model  # noqa: E402
@@ -85,8 +85,7 @@ def test_a_second_turn_computes_only_what_is_new(files: Path) -> None:
         first = session.text_request("Tell me about the sea.", max_tokens=10, sampling=SamplingOptions())
         said = [t for r in session.run(first) for t in r.tokens]
         longer = [*first.prompt, *said, *session.target.tokenizer.encode(" And more.")]
-        request = session._request(longer, 4, SamplingOptions(), ())
-        begun = next(iter(session.run(request)))
+        begun = next(iter(session.run(Request(longer, 4))))
     assert begun.cached >= len(first.prompt) + len(said) - 1
 
 
@@ -147,7 +146,7 @@ def dspark(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_command(files: Path) -> None:
+def test_the_command(files: Path, tmp_path: Path) -> None:
     target, drafter = str(files / "target"), str(files / "draft")
     done = dspark("generate", target, "hi", "--drafter", drafter, "--json", "--max-tokens", "20", "--policy", "fixed:3")
     assert done.returncode == 0, done.stderr
@@ -157,6 +156,12 @@ def test_the_command(files: Path) -> None:
     assert "backend torch on cpu: a checkpoint folder runs through torch" in done.stderr
     talk = dspark("chat", target, "--plain", "--drafter", "lookup", "--max-tokens", "8", stdin="hello\nagain\n")
     assert talk.returncode == 0, talk.stderr
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{text}"}}\n' for text in ("again and again", "count", "x")))
+    many = dspark("batch", str(prompts), "-o", str(out), "--model", target, "--drafter", drafter, "--max-tokens", "8")
+    assert many.returncode == 0, many.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["backend"], line["tokens"]) for line in lines] == [("torch", 8)] * 3
     wrong = dspark("generate", drafter, "hi")
     assert wrong.returncode == 2
     assert "is a drafter, not a model that can answer" in wrong.stderr
