@@ -70,9 +70,10 @@ def test_a_checkpoint_through_torch(tmp_path: Path) -> None:
     """A llama of 112M random weights in bfloat16, computed on the CPU."""
     pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("dspark_cli.backends.torch.target", reason="this version opens no checkpoint as a target")
-    import tiny
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    import tiny
 
     config = LlamaConfig(
         hidden_size=768,

@@ -89,7 +89,7 @@ def build(config: DrafterConfig) -> DSpark | Eagle3:
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of the safetensors file(s) in `folder`."""
     weights: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
@@ -101,7 +101,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors in `folder`, from the headers of its files."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -110,7 +110,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint; none of them outside its folder (the Hub's cache links to its own blobs)."""
     files = _named_weight_files(folder)
     allowed = [folder.resolve()]

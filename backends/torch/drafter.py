@@ -7,7 +7,8 @@ requests in one padded pass (Eagle3: one a step). What a pass wrote past a seque
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from dspark_cli.backends.base import EMPTY_DRAFT, Draft, Drafter, DraftRequest, DsparkError, FloatArray
 from dspark_cli.backends.torch.checkpoint import TargetTables, check_pair, load_drafter
+from dspark_cli.backends.torch.devices import is_out_of_memory
 from dspark_cli.backends.torch.dialects import read_config
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
@@ -57,6 +59,10 @@ class TorchDrafter(Drafter):
     """What the torch drafters share: the store, the checks, the way from logits to `Draft`s."""
 
     store: RowStore
+    #: is told, in one line, what the user may want to know
+    notice: Callable[[str], None] = staticmethod(lambda text: None)
+    #: whether memory ran out: from then on it drafts nothing, and decoding goes on without it
+    spent = False
 
     def __init__(self, model: DSpark | Eagle3, name: str, n_vocab: int | None) -> None:
         config = model.config
@@ -69,12 +75,32 @@ class TorchDrafter(Drafter):
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         drafts = [EMPTY_DRAFT] * len(requests)
         able = [i for i, request in enumerate(requests) if request.block > 0 and self._can_draft(request.seq)]
-        if able:
-            with torch.inference_mode():
-                made = self._draft([requests[i] for i in able])
-            for i, draft in zip(able, made, strict=True):
-                drafts[i] = draft
+        if able and not self.spent:
+            with self._memory(), torch.inference_mode():
+                for i, draft in zip(able, self._draft([requests[i] for i in able]), strict=True):
+                    drafts[i] = draft
         return drafts
+
+    def observe(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
+        if len(tokens) and not self.spent:
+            with self._memory(), torch.inference_mode():
+                self._take(seq, tokens, features)
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Give up drafting, not the answer, when an allocation fails."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.spent = True
+            self.store.clear()
+            self.notice(f"the drafter {self.name} ran out of memory: decoding goes on without it")
+
+    @abstractmethod
+    def _take(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
+        """`observe` of at least one token."""
 
     def rewind(self, seq: int, length: int) -> None:
         self.store.rewind(seq, length)
@@ -134,10 +160,7 @@ class DSparkDrafter(TorchDrafter):
         row = (self.config.num_kv_heads, self.config.head_dim)
         self.store = self._new_store({f"{what}{i}": row for i in range(self.config.num_layers) for what in "kv"})
 
-    @torch.inference_mode()
-    def observe(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
-        if not len(tokens):
-            return
+    def _take(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
         fused = self.model.fuse(self._tensor(features, len(tokens)))
         start = self.store.length(seq)
         self.store.reserve(seq + 1, start + len(tokens))
@@ -152,7 +175,8 @@ class DSparkDrafter(TorchDrafter):
         anchors = self._ids([request.anchor for request in requests])
         hidden = self.model.drafting_rows(self._block([request.seq for request in requests], anchors))
         picker = Picker.wanted(requests, self.vocabulary)
-        tokens, confidence = self.model.chain(hidden, anchors, length, picker or self.vocabulary.best)
+        best = None if self.vocabulary.complete else self.vocabulary.best
+        tokens, confidence = self.model.chain(hidden, anchors, length, picker or best)
         return self._drafts(requests, tokens, confidence, picker)
 
     def _block(self, seqs: list[int], anchors: Tensor) -> Tensor:
@@ -182,10 +206,7 @@ class Eagle3Drafter(TorchDrafter):
         row = (self.config.num_kv_heads, self.config.head_dim)
         self.store = self._new_store({"k": row, "v": row, "fused": (self.config.hidden_size,)})
 
-    @torch.inference_mode()
-    def observe(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
-        if not len(tokens):
-            return
+    def _take(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
         start = self.store.length(seq)
         self.store.reserve(seq + 1, start + len(tokens))
         self.store.put("fused", seq, self.model.fuse(self._tensor(features, len(tokens))))

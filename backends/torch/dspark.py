@@ -32,6 +32,7 @@ from dspark_cli.backends.torch.layers import (
     TokenEmbedding,
     softcapped,
 )
+from dspark_cli.kernels.markov_step import markov_step
 
 #: position in the block, corrected logits [N, W] -> chosen tokens int64 [N], as target ids
 Pick = Callable[[int, Tensor], Tensor]
@@ -96,15 +97,25 @@ class DSpark(nn.Module):
         state = self.markov_head.initial_state(hidden) if self.markov_head else None
         previous, tokens, embeddings = anchors, [], []
         for k in range(length):
-            logits = base[:, k]
-            if self.markov_head is not None and state is not None:
+            if self.markov_head is None or state is None:
+                previous = self._choose(k, base[:, k], pick)
+            else:
                 embedding = self.markov_head.embed(previous)
-                bias, state = self.markov_head.step(embedding, hidden[:, k], state)
-                logits = logits + bias
+                latent, state = self.markov_head.step(embedding, hidden[:, k], state)
+                previous = self._choose_corrected(k, base[:, k], latent, self.markov_head.markov_w2, pick)
                 embeddings.append(embedding)
-            previous = self.target_ids(logits.argmax(dim=-1)) if pick is None else pick(k, logits)
             tokens.append(previous)
         return torch.stack(tokens, dim=1), self._confidence(hidden, torch.stack(embeddings, 1) if embeddings else None)
+
+    def _choose(self, k: int, logits: Tensor, pick: Pick | None) -> Tensor:
+        """Target ids [N] of logits [N, W] at position k."""
+        return self.target_ids(logits.argmax(dim=-1)) if pick is None else pick(k, logits)
+
+    def _choose_corrected(self, k: int, base: Tensor, latent: Tensor, w2: nn.Linear, pick: Pick | None) -> Tensor:
+        """The same from base logits [N, W] and what W2 [W, r] multiplies [N, r]; the best token without a pass over logits."""
+        if pick is not None:
+            return pick(k, base + w2(latent))
+        return self.target_ids(markov_step(base, latent, w2.weight)[0])
 
     def _confidence(self, hidden: Tensor, embedding: Tensor | None) -> Tensor | None:
         """Confidence logits [...] of hidden [..., d] and W1[previous] [..., r]."""

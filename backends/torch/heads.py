@@ -35,8 +35,8 @@ class MarkovHead(nn.Module):
         return embedding
 
     def step(self, embedding: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One position: W1[previous] [N, r], hidden [N, d], state [N, r] -> (bias [N, W], next state)."""
-        return self.markov_w2(self.latent(embedding, hidden)), state
+        """One position: W1[previous] [N, r], hidden [N, d], state [N, r] -> (what W2 multiplies [N, r], next state)."""
+        return self.latent(embedding, hidden), state
 
     def block_bias(self, embedding: Tensor, hidden: Tensor) -> Tensor:
         """Teacher forced: W1[previous] [N, B, r], hidden [N, B, d] -> bias [N, B, W]."""
@@ -65,8 +65,7 @@ class RnnHead(MarkovHead):
         self.joint_proj = nn.Linear(config.hidden_size + 2 * self.rank, 3 * self.rank)
 
     def step(self, embedding: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        latent, state = self._advance(embedding, hidden, state)
-        return self.markov_w2(latent), state
+        return self._advance(embedding, hidden, state)
 
     def block_bias(self, embedding: Tensor, hidden: Tensor) -> Tensor:
         state, latents = self.initial_state(hidden), []

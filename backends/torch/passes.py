@@ -70,6 +70,11 @@ class Vocabulary:
         self._unknown = torch.from_numpy(ids >= n_vocab) if (ids >= n_vocab).any() else None
         self._whole = draft_vocab == n_vocab and d2t is None
 
+    @property
+    def complete(self) -> bool:
+        """Whether the target has every token that the drafter knows, so that the best one is always allowed."""
+        return self._unknown is None
+
     def best(self, k: int, logits: Tensor) -> Tensor:
         """The best target id [N] of logits [N, W] (a `Pick`)."""
         del k

@@ -14,22 +14,28 @@ from dspark_cli.backends.errors import BadInput, NotReady
 if TYPE_CHECKING:
     from dspark_cli.engine.rounds import SamplingOptions
     from dspark_cli.engine.session import OpenOptions, Session
-    from dspark_cli.registry.choose import Wish
+    from dspark_cli.registry.choose import Machine, Wish
     from dspark_cli.registry.download import Report
     from dspark_cli.registry.plan import MemoryPlan
     from dspark_cli.registry.resolve import Resolved
 
-BACKENDS = ("auto", "llamacpp", "cpu")
+#: words that name a kind of accelerator
+ACCELERATORS = ("cuda", "rocm", "metal")
+BACKENDS = ("auto", "llamacpp", "torch", *ACCELERATORS, "cpu")
 
 Model = Annotated[
     str,
     typer.Argument(
-        help="Name from `dspark models`, Hub repository (owner/name), or path to a GGUF file.", show_default=False
+        help="Name from `dspark models`, Hub repository (owner/name), or path to a GGUF file or a checkpoint folder.",
+        show_default=False,
     ),
 ]
 Drafter = Annotated[
     str,
-    typer.Option(help="auto, dspark, dflash, small, lookup, none, or path to a drafter GGUF.", metavar="NAME|PATH"),
+    typer.Option(
+        help="auto, dspark, dflash, eagle3, small, lookup, none, or path to a drafter (GGUF or checkpoint folder).",
+        metavar="NAME|PATH",
+    ),
 ]
 Policy = Annotated[
     str | None,
@@ -37,7 +43,7 @@ Policy = Annotated[
         help="Tokens to verify per round: auto (by measured costs), off, fixed:N or threshold:P (lowest confidence, 0 to 1)."
     ),
 ]
-Backend = Annotated[str, typer.Option(help="auto, llamacpp or cpu.")]
+Backend = Annotated[str, typer.Option(help="auto, llamacpp, torch, or a device: cuda, rocm, metal, cpu.")]
 Quant = Annotated[str | None, typer.Option(help="Format of a named model, such as Q4_K_M.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample from the K most likely tokens; 0 is off.")]
@@ -101,11 +107,6 @@ def open_options(options: PairOptions) -> OpenOptions:
 def check_backend(options: PairOptions) -> None:
     """Refuse a backend nobody knows, or that this version does not drive."""
     if options.backend not in BACKENDS:
-        if options.backend in ("cuda", "rocm", "metal"):
-            raise NotReady(
-                f"backend {options.backend} runs full-precision checkpoints through torch, which this version does not do yet",
-                hint="--backend auto (llama.cpp uses the GPU it was built for)",
-            )
         raise BadInput(f"unknown backend {options.backend!r}: one of {', '.join(BACKENDS)}")
 
 
@@ -116,9 +117,16 @@ def find_checked(
     check_backend(options)
     go_offline(options.offline)
     found, plan = find_pair(options, report=report)
-    for line in (plan.line(), *found.notes, *cautions_about(found, options)):
+    for line in (why(found, plan, options), plan.line(), *found.notes, *cautions_about(found, options)):
         (say or (lambda text: tell(options, text)))(line)
     return found, plan
+
+
+def why(found: Resolved, plan: MemoryPlan, options: PairOptions) -> str:
+    """Which backend runs the pair, and why."""
+    from dspark_cli.registry.reason import backend_line
+
+    return backend_line(found, plan, usable_machine(options), pair_wish(options))
 
 
 def load(options: PairOptions, found: Resolved, plan: MemoryPlan) -> Session:
@@ -151,6 +159,7 @@ def loading(
         gpu_layers=plan.gpu_layers,
         kv_type=options.kv_type,
         flash_attn=options.flash_attn,
+        device=torch_device(plan) if plan.backend == "torch" else "auto",
         notice=say or (lambda text: tell(options, text)),
     )
 
@@ -183,7 +192,7 @@ def wish(
     from dspark_cli.registry.hub import known_quant
     from dspark_cli.registry.plan import KV_BYTES, PlanOptions
 
-    if backend not in ("auto", "llamacpp", *DEVICE_KINDS):
+    if backend not in ("auto", "llamacpp", "torch", *DEVICE_KINDS):
         raise BadInput(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
     if kv_type not in KV_BYTES:
         raise BadInput(f"unknown KV type {kv_type!r}: one of {', '.join(KV_BYTES)}")
@@ -212,22 +221,11 @@ def find_planned(
 ) -> tuple[Resolved, MemoryPlan]:
     """`find_pair` for a plan that need not fit. report: hears of downloads, instead of bars on stderr."""
     from dspark_cli.cli.progress import make_report
-    from dspark_cli.registry.devices import this_machine
     from dspark_cli.registry.obtain import obtain
     from dspark_cli.registry.parallel import plan_parallel
     from dspark_cli.registry.resolve import plan_for, resolve
 
-    wanted = wish(
-        quant=options.quant,
-        backend=options.backend,
-        drafter=options.drafter,
-        ctx=options.ctx,
-        kv_type=options.kv_type,
-        gpu_layers=options.gpu_layers,
-    )
-    machine = this_machine()
-    if options.backend == "cpu" or options.gpu_layers == 0:
-        machine = replace(machine, accelerators=())
+    wanted, machine = pair_wish(options), usable_machine(options)
     if download and report is not None:
         found = obtain(options.model, wanted, machine, report)
     elif download:
@@ -235,6 +233,7 @@ def find_planned(
             found = obtain(options.model, wanted, machine, bars)
     else:
         found = resolve(options.model, wanted.quant, wanted, machine)
+    check_opens(found, options)
     check_drafter(options.drafter)
     own = Path(options.drafter).expanduser()
     drafter = own if own.exists() and is_path(options.drafter) else None
@@ -244,6 +243,56 @@ def find_planned(
         plan = plan_parallel(found, machine, wanted.options, drafter, n_seq=options.parallel, most=options.most)
     check_card(found)
     return found, plan
+
+
+def pair_wish(options: PairOptions) -> Wish:
+    """What `options` ask of the choice of files."""
+    return wish(
+        quant=options.quant,
+        backend=options.backend,
+        drafter=options.drafter,
+        ctx=options.ctx,
+        kv_type=options.kv_type,
+        gpu_layers=options.gpu_layers,
+    )
+
+
+def usable_machine(options: PairOptions) -> Machine:
+    """This machine, less the accelerators that are not wanted. Raises NotReady where none of the wanted kind is here."""
+    from dspark_cli.registry.devices import this_machine
+
+    machine = this_machine()
+    if options.backend == "cpu" or options.gpu_layers == 0:
+        return replace(machine, accelerators=())
+    if options.backend not in ACCELERATORS:
+        return machine
+    wanted = tuple(device for device in machine.accelerators if device.kind == options.backend)
+    if not wanted:
+        have = ", ".join(dict.fromkeys(device.kind for device in (*machine.accelerators, machine.cpu)))
+        raise NotReady(
+            f"this machine has no {options.backend} device that dspark can use; it has {have}", hint="dspark doctor"
+        )
+    return replace(machine, accelerators=wanted)
+
+
+def check_opens(found: Resolved, options: PairOptions) -> None:
+    """Refuse what the backend asked for cannot open. Raises BadInput, or NotReady where torch is missing."""
+    if found.backend == "torch":
+        from dspark_cli.engine.opening import need_torch
+
+        if options.backend == "llamacpp":
+            raise BadInput(f"{found.name} is a checkpoint folder, which llama.cpp cannot open", hint="--backend auto")
+        if options.gpu_layers is not None and options.gpu_layers > 0:
+            raise BadInput("--gpu-layers is of llama.cpp: torch puts all layers on one device", hint="--backend cpu")
+        need_torch(found.name)
+    elif options.backend == "torch":
+        raise BadInput(f"{found.name} is a GGUF file, which runs through llama.cpp", hint="--backend auto")
+
+
+def torch_device(plan: MemoryPlan) -> str:
+    """torch's device for what the plan calls "CUDA0" or "cpu"."""
+    number = "".join(filter(str.isdigit, plan.device.name))
+    return f"{plan.device.kind}:{number}" if number else plan.device.kind
 
 
 def check_card(found: Resolved) -> None:

@@ -223,7 +223,10 @@ class _Bench:
 
 
 def file_facts(path: Path | None) -> dict[str, Any] | None:
-    """What tells one version of a file from another, without reading all of it."""
+    """What tells one version of a file from another, without reading all of it; of a checkpoint folder its files'."""
+    if path is not None and path.is_dir():
+        parts = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+        return {"files": [file_facts(part) for part in parts]}
     if path is None or not path.is_file():
         return None
     facts = path.stat()

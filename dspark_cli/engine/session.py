@@ -20,6 +20,7 @@ from dspark_cli.engine.auto import AutoSchedule
 from dspark_cli.engine.beliefs import load_beliefs
 from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.decode import Engine
+from dspark_cli.engine.opening import drafter_beside_torch, open_target
 from dspark_cli.engine.profile import Place, costs_of
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.runners import open_block_drafter
@@ -36,11 +37,13 @@ NEAR_TIE = 0.2
 class OpenOptions:
     """What to load and how.
 
-    drafter:      auto | dspark | dflash | eagle3 | small | lookup | none | PATH of a GGUF
+    model:        a GGUF file (llama.cpp) or a checkpoint folder (torch)
+    drafter:      auto | dspark | dflash | eagle3 | small | lookup | none | PATH of a GGUF or a checkpoint folder
     drafter_path: the model drafter that belongs to the target, where one is known
     policy:       see `schedule.parse_policy`; None takes the default
     ctx:          positions per sequence; None = what the model was trained on, at most 4096
-    drafter_backend: who runs a block drafter: auto, llamacpp or torch (runners.py)
+    device:       where a checkpoint folder goes: auto, or a kind with or without a number (cuda:1); GGUF: see gpu_layers
+    drafter_backend: who runs a block drafter beside a GGUF: auto, llamacpp or torch (runners.py)
     notice:       is told, in one line, what the user may want to know
     progress:     is told how far loading is (stage, share done from 0 to 1); may raise to end it
     """
@@ -56,6 +59,7 @@ class OpenOptions:
     gpu_layers: int | None = None
     kv_type: str = "f16"
     flash_attn: str = "auto"
+    device: str = "auto"
     drafter_backend: str = "auto"
     notice: Callable[[str], None] = lambda text: None
     progress: Callable[[str, float], None] | None = None
@@ -125,9 +129,7 @@ class Session:
         if options.drafter == "none":
             schedule = _no_drafter(options)
         with ExitStack() as stack:
-            told = options.told("loading the model")
-            target = LlamaCppTarget(options.model, options.context(), name=options.name, progress=told)
-            stack.enter_context(target)
+            target = stack.enter_context(open_target(options))
             session = cls(target, _drafter_of(options, target, schedule, stack), schedule)
             if isinstance(schedule, AutoSchedule):
                 session._prepare(schedule, options, measure_anew)
@@ -264,7 +266,7 @@ def _no_drafter(options: OpenOptions) -> Schedule:
     return Off()
 
 
-def _drafter_of(options: OpenOptions, target: LlamaCppTarget, schedule: Schedule, stack: ExitStack) -> Drafter | None:
+def _drafter_of(options: OpenOptions, target: Target, schedule: Schedule, stack: ExitStack) -> Drafter | None:
     """The drafter that goes with `schedule`, checked against the target; `stack` closes it."""
     drafter = None if isinstance(schedule, Off) else open_drafter(options, target)
     if drafter is None:
@@ -277,7 +279,7 @@ def _drafter_of(options: OpenOptions, target: LlamaCppTarget, schedule: Schedule
     return drafter
 
 
-def open_drafter(options: OpenOptions, target: LlamaCppTarget) -> Drafter | None:
+def open_drafter(options: OpenOptions, target: Target) -> Drafter | None:
     """The drafter that `options.drafter` asks for. `auto`: the target's own model drafter if there is one, else lookup."""
     word = options.drafter
     if word == "lookup" or (word == "auto" and options.drafter_path is None):
@@ -289,13 +291,15 @@ def open_drafter(options: OpenOptions, target: LlamaCppTarget) -> Drafter | None
     path = options.drafter_path if word in DRAFTER_WORDS else Path(word)
     assert path is not None
     drafter = _open_model_drafter(path, options, target)
-    if word in ("dspark", "dflash", "small") and drafter.kind != word:
+    if word in ("dspark", "dflash", "eagle3", "small") and drafter.kind != word:
         drafter.close()
         raise BadInput(f"{path.name} is a {drafter.kind} drafter, not {word}", hint=f"--drafter {drafter.kind}")
     return drafter
 
 
-def _open_model_drafter(path: Path, options: OpenOptions, target: LlamaCppTarget) -> Drafter:
+def _open_model_drafter(path: Path, options: OpenOptions, target: Target) -> Drafter:
+    if not isinstance(target, LlamaCppTarget):
+        return drafter_beside_torch(path, options, target)
     if path.is_dir():
         return open_block_drafter(path, target, options.context(), options.drafter_backend)
     probe = Model(path, vocab_only=True)

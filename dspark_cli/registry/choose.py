@@ -87,7 +87,8 @@ def choose(entry: Entry, machine: Machine, wish: Wish | None = None) -> Resoluti
     full = replace(wish, options=replace(wish.options, ctx=usual))
     for place in (_whole, _partly, _on_cpu):
         for options, attempt in ((o, d) for o in (full, wish) for d in attempts):
-            plans = [(c, _plan(entry, c, attempt[c.backend].drafter, machine, options)) for c in candidates]
+            able = [c for c in candidates if _is_pair(c, attempt, wish)]
+            plans = [(c, _plan(entry, c, attempt[c.backend].drafter, machine, options)) for c in able]
             fits = [(c, plan) for c, plan in plans if plan.fits and place(plan)]
             if place is _partly:
                 fits.sort(key=lambda found: -found[1].gpu_layers / found[1].n_layer)
@@ -124,17 +125,19 @@ def _candidates(entry: Entry, machine: Machine, wish: Wish) -> list[_Candidate]:
     return [
         candidate
         for device in (*machine.accelerators, machine.cpu)
-        if wish.backend in ("auto", "llamacpp", device.kind)
-        for candidate in _on(device, entry, wish)
+        if wish.backend in ("auto", "llamacpp", "torch", device.kind)
+        for candidate in _on(device, entry, wish, machine.torch)
     ]
 
 
-def _on(device: Device, entry: Entry, wish: Wish) -> Iterator[_Candidate]:
+def _on(device: Device, entry: Entry, wish: Wish, torch: bool) -> Iterator[_Candidate]:
     found: list[_Candidate] = []
     listed = sorted({*quants(entry), *(q for q in wish.here if q != FULL_PRECISION)}, key=_preference(device))
-    if entry.safetensors and "torch" in device.runs and device.kind != "cpu" and wish.backend != "llamacpp":
+    # On a CPU a checkpoint costs four times what a quant does: only when it is asked for.
+    drives = "torch" in device.runs if device.kind != "cpu" else torch and wish.backend == "torch"
+    if entry.safetensors and drives and wish.backend != "llamacpp":
         found.append(_Candidate(device, "torch", "safetensors", FULL_PRECISION))
-    if "llamacpp" in device.runs:
+    if "llamacpp" in device.runs and wish.backend != "torch":
         found += [_Candidate(device, "llamacpp", "gguf", quant) for quant in listed]
     if wish.quant is not None:
         found = [candidate for candidate in found if candidate.quant == wish.quant]
@@ -151,6 +154,12 @@ def _preference(device: Device) -> Callable[[str], tuple[bool, int]]:
         return quant in ("F32", "F16", "BF16"), rank(quant)
 
     return on_cpu if device.kind == "cpu" else elsewhere
+
+
+def _is_pair(candidate: _Candidate, attempt: dict[str, _Drafting], wish: Wish) -> bool:
+    """Left to `auto`, a checkpoint that no drafter can serve gives way to a GGUF that one can (Qwen2.5: small models)."""
+    served = any(drafting.drafter for drafting in attempt.values())
+    return candidate.backend != "torch" or wish.backend == "torch" or not served or bool(attempt["torch"].drafter)
 
 
 @dataclass(frozen=True)
@@ -296,6 +305,10 @@ def _no_candidate(entry: Entry, machine: Machine, wish: Wish) -> DsparkError:
         return NotReady(
             f"this machine has no {wish.backend} device that dspark can use; it has {kinds}", hint="dspark doctor"
         )
+    if wish.backend == "torch":
+        missing = "torch is not installed" if entry.safetensors else "no checkpoint of it is known"
+        hint = "pip install 'dspark[torch]'" if entry.safetensors else "--backend auto"
+        return NotReady(f"{entry.name} cannot run through torch: {missing}", hint=hint)
     have = [*quants(entry), *([FULL_PRECISION] if entry.safetensors else [])]
     if wish.quant is not None and wish.quant not in have:
         return NotReady(

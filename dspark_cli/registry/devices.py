@@ -55,22 +55,16 @@ def _torch_devices() -> tuple[list[Device], bool]:
     if "torch" not in sys.modules and not _may_have_accelerator():
         return [], torch_looks_whole()
     try:
-        import torch
+        from dspark_cli.backends.torch.devices import detect
 
-        if torch.cuda.is_available():
-            kind = "rocm" if torch.version.hip else "cuda"
-            found = []
-            for index in range(torch.cuda.device_count()):
-                free, total = torch.cuda.mem_get_info(index)
-                found.append(Device(f"{'ROCm' if kind == 'rocm' else 'CUDA'}{index}", kind, total, free, ("torch",)))
-            return found, True
-        if torch.backends.mps.is_available():
-            total = int(torch.mps.recommended_max_memory())
-            free = max(0, total - int(torch.mps.driver_allocated_memory()))
-            return [Device("Metal", "metal", total, free, ("torch",), unified=True)], True
+        found = sorted((facts for facts in detect() if facts.kind != "cpu"), key=lambda facts: facts.index)
     except Exception:  # a half-installed torch fails in many ways; `doctor` says which
         return [], False
-    return [], True
+    names = {"cuda": "CUDA{}", "rocm": "ROCm{}", "metal": "Metal"}  # as ggml calls them
+    return [
+        Device(names[f.kind].format(f.index), f.kind, f.total, f.free, ("torch",), unified=f.kind == "metal")
+        for f in found
+    ], True
 
 
 def torch_looks_whole() -> bool:

@@ -125,8 +125,8 @@ def plan_for(
 ) -> MemoryPlan:
     """The plan from the files themselves: exact where the choice had to estimate. Look at `fits`."""
     from dspark_cli.registry.choose import LOOKUP
-    from dspark_cli.registry.plan import make_plan
-    from dspark_cli.registry.sizes import drafter_size, target_size, through_torch
+    from dspark_cli.registry.plan import PlanOptions, make_plan
+    from dspark_cli.registry.sizes import as_computed, drafter_size, target_size, through_torch
 
     target = target_size(found.path)
     path = drafter_path or found.drafter_path
@@ -136,10 +136,13 @@ def plan_for(
     usable = [d for d in (*machine.accelerators, machine.cpu) if found.backend in d.runs]
     wanted = found.resolution.plan.device.name if found.resolution else None
     usable.sort(key=lambda device: device.name != wanted)
-    plans = [
-        make_plan(device, found.backend, target, drafter, options, host_free=machine.cpu.usable)
-        for device in usable or [machine.cpu]
-    ]
+    plans = []
+    for device in usable or [machine.cpu]:
+        sizes, chosen = target, options
+        if found.backend == "torch":
+            sizes, kv_type = as_computed(target, found.path, device.kind)
+            chosen = replace(options or PlanOptions(), kv_type=kv_type)
+        plans.append(make_plan(device, found.backend, sizes, drafter, chosen, host_free=machine.cpu.usable))
     return next((plan for plan in plans if plan.fits and (plan.gpu_layers or plan.device.kind == "cpu")), plans[-1])
 
 

@@ -18,6 +18,21 @@ def target_size(path: Path) -> TargetSize:
     return _checkpoint_size(path) if path.is_dir() else _gguf_size(path)
 
 
+def as_computed(target: TargetSize, folder: Path, kind: str) -> tuple[TargetSize, str]:
+    """A checkpoint's size in the dtype it is computed in on a device of this kind, and the word for that dtype's KV.
+
+    A CPU without bfloat16 instructions computes in float32, which takes twice the bytes of the files.
+    """
+    from dspark_cli.backends.torch.devices import detect, dtype_for, pick
+
+    raw = _config(folder)
+    stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    dtype = dtype_for(stored, pick(kind, detect()), str(raw.get("model_type") or ""))
+    grows = (4 if dtype == "float32" else 2) / (4 if stored == "float32" else 2)
+    words = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+    return replace(target, weights=int(target.weights * grows)), words[dtype]
+
+
 def drafter_size(path: Path, target: TargetSize) -> DrafterSize:
     """Of a drafter GGUF, a small model's GGUF, or a drafter's checkpoint folder."""
     if path.is_dir():

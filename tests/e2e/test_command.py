@@ -110,7 +110,7 @@ def test_prompts_from_stdin_and_file(tmp_path: Path) -> None:
         (["generate", MODEL, "hi", "--raw", "--system", "x"], 2, "--system needs the chat template"),
         (["generate", MODEL, "hi", "--accept", "maybe"], 2, "exact or residual"),
         (["generate", MODEL, "hi", "--backend", "abacus"], 2, "unknown backend"),
-        (["generate", MODEL, "hi", "--backend", "cuda"], 3, "torch"),
+        (["generate", MODEL, "hi", "--backend", "cuda"], 3, "no cuda device"),
         (["generate", MODEL, "hi", "--temperature", "-1"], 2, "temperature"),
         (["generate", MODEL, "hi", "--quant", "Q8_0"], 3, "not as Q8_0"),
         (["frobnicate"], 2, "frobnicate"),

@@ -1,0 +1,121 @@
+"""Verify passes of a fixed shape, recorded once and replayed.
+
+A pass of a small model on a fast device is hundreds of kernels that each take less time than their launch from Python. A
+recorded pass has fixed buffers, so its shape must repeat: widths and key counts are padded up to a few sizes, and every
+sequence takes part (absent ones as padding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark_cli.backends.torch.cache import KeyValues, Place
+from dspark_cli.backends.torch.network import Network, PassOutput
+
+#: columns of recorded passes; wider ones (prefill) are not recorded
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
+#: fewest keys of a recorded pass; then doubled up to the context
+FEWEST_KEYS = 256
+#: recordings kept; each holds buffers for its outputs
+MOST = 48
+
+Run = Callable[[], PassOutput]
+#: turns one pass on fixed buffers into something that repeats it
+Record = Callable[[Run], Run]
+
+
+def width_bucket(width: int) -> int | None:
+    """The smallest recorded width for `width` columns; None when it is too wide."""
+    return next((size for size in WIDTHS if size >= width), None)
+
+
+def keys_bucket(keys: int, n_ctx: int) -> int:
+    """The smallest recorded number of keys for a pass that reads `keys`."""
+    size = FEWEST_KEYS
+    while size < keys:
+        size *= 2
+    return min(size, n_ctx)
+
+
+@dataclass
+class _Recording:
+    """Buffers int64 [n_seq, L] that a replay reads, and the replay."""
+
+    ids: Tensor
+    positions: Tensor
+    write_at: Tensor
+    replay: Run | None = None
+
+
+class Recorder:
+    """Recorded passes by (columns, keys), all over every sequence of `cache`."""
+
+    def __init__(self, network: Network, cache: KeyValues, n_seq: int, record: Record) -> None:
+        self.network, self.cache, self.record = network, cache, record
+        self.slots = tuple(range(n_seq))
+        self._kept: dict[tuple[int, int], _Recording] = {}
+
+    def __call__(self, ids: Tensor, positions: Tensor, write_at: Tensor, keys: int) -> PassOutput:
+        """A pass over int64 [n_seq, L] of a recorded shape; all columns get logits. Views until the next pass."""
+        shape = (ids.shape[1], keys)
+        kept = self._kept.get(shape)
+        if kept is None:
+            if len(self._kept) >= MOST:
+                self.clear()
+            kept = self._kept[shape] = _Recording(ids.clone(), positions.clone(), write_at.clone())
+            kept.replay = self.record(self._pass_on(kept, keys))
+        for buffer, new in ((kept.ids, ids), (kept.positions, positions), (kept.write_at, write_at)):
+            buffer.copy_(new)
+        assert kept.replay is not None
+        return kept.replay()
+
+    def _pass_on(self, kept: _Recording, keys: int) -> Run:
+        place = Place(self.slots, kept.positions, kept.write_at, keys)
+        return lambda: self.network(kept.ids, self.cache, place, None)
+
+    def clear(self) -> None:
+        """Forget every recording: what a pass must keep has changed, or memory is short."""
+        self._kept.clear()
+
+
+def recorder_for(how: str, device: torch.device) -> Record:
+    """How passes are recorded: "graph" or "compile"."""
+    return _Graphs(device) if how == "graph" else compiled
+
+
+def compiled(run: Run) -> Run:
+    """Through torch.compile. Every shape is a compilation of its own, so the limit on those is raised."""
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MOST)
+    mode = "reduce-overhead" if torch.cuda.is_available() else None
+    return torch.compile(run, dynamic=False, mode=mode)
+
+
+class _Graphs:
+    """CUDA and HIP graphs, in one memory pool: a replay's outputs are read before the next replay."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Run) -> Run:
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):  # libraries set themselves up outside the recording
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = run()
+
+        def replay() -> PassOutput:
+            graph.replay()
+            return output
+
+        return replay

@@ -1,0 +1,168 @@
+"""A checkpoint folder through what users run: sessions, drafter folders beside it, bench, and the command itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from dspark_cli.backends.base import BadInput, DsparkError, PairMismatch  # noqa: E402
+from dspark_cli.bench.local import Results, Settings, run_all  # noqa: E402
+from dspark_cli.engine.profile import file_facts  # noqa: E402
+from dspark_cli.engine.rounds import Request, SamplingOptions  # noqa: E402
+from dspark_cli.engine.session import OpenOptions, Session  # noqa: E402
+from dspark_cli.engine.stats import Stats  # noqa: E402
+from tiny import DRAFTER, EAGLE, tiny_checkpoint, tiny_config, tiny_drafter, tiny_gguf, tiny_model  # noqa: E402
+
+DRAFTERS = {"dspark": "draft", "eagle3": "eagle", "small": "target"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the target and its drafters."""
+    folder = tmp_path_factory.mktemp("torch")
+    tiny_checkpoint(folder / "target")
+    tiny_drafter(folder / "draft", DRAFTER)
+    tiny_drafter(folder / "eagle", EAGLE)
+    return folder
+
+
+def options(files: Path, drafter: str, **more: object) -> OpenOptions:
+    path = drafter if drafter in ("lookup", "none") else str(files / DRAFTERS.get(drafter, drafter))
+    return OpenOptions(files / "target", "tiny", drafter=path, ctx=256, threads=1, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", ["fixed:3", "auto"])
+@pytest.mark.parametrize("drafter", [*DRAFTERS, "lookup"])
+def test_greedy_text_is_that_of_plain_decoding(files: Path, drafter: str, policy: str) -> None:
+    with Session.open(options(files, drafter, policy=policy)) as session:
+        assert session.target.info.backend == "torch"
+        assert getattr(session.drafter, "model", session.drafter).kind == drafter
+        request = session.chat_request(
+            [{"role": "user", "content": "one two three one two"}], max_tokens=40, sampling=SamplingOptions()
+        )
+        report = session.check(request)
+        assert report.identical
+        assert report.tokens > 1
+        if policy == "fixed:3":
+            stats = Stats.of(list(session.run(request)))
+            assert stats.drafted > 0
+
+
+@pytest.mark.parametrize("accept", ["exact", "residual"])
+def test_sampling(files: Path, accept: str) -> None:
+    sampling = SamplingOptions(temperature=0.8, top_p=0.95, seed=3, accept=accept)  # type: ignore[arg-type]
+    texts = []
+    for _ in range(2):
+        with Session.open(options(files, "dspark", policy="fixed:4")) as session:
+            request = session.text_request("abc abc", max_tokens=30, sampling=sampling)
+            texts.append([t for r in session.run(request) for t in r.tokens])
+            plain = [t for r in session.run(request, plain=True) for t in r.tokens]
+    assert texts[0] == texts[1], "the same seed gives the same text"
+    if accept == "exact":
+        assert texts[0] == plain
+
+
+def test_several_requests_share_passes(files: Path) -> None:
+    with Session.open(options(files, "dspark", policy="fixed:3", n_seq=3)) as session:
+        requests = [
+            session.text_request(text, max_tokens=12, sampling=SamplingOptions())
+            for text in ("a b c a b", "hello", "x" * 30, "again and again")
+        ]
+        together = list(session.run_all(requests))
+        assert max(r.shared for r in together) == 3
+
+
+def test_a_second_turn_computes_only_what_is_new(files: Path) -> None:
+    with Session.open(options(files, "dspark", policy="fixed:2")) as session:
+        first = session.text_request("Tell me about the sea.", max_tokens=10, sampling=SamplingOptions())
+        said = [t for r in session.run(first) for t in r.tokens]
+        longer = [*first.prompt, *said, *session.target.tokenizer.encode(" And more.")]
+        begun = next(iter(session.run(Request(longer, 4))))
+    assert begun.cached >= len(first.prompt) + len(said) - 1
+
+
+def test_bench_runs_on_it(files: Path) -> None:
+    results = Results()
+    settings = Settings(kinds=("question",), temperatures=(0.0,), prompts=1, tokens=8, repeats=1)
+    run_all(options(files, "dspark"), [files / "target"], settings, results)
+    assert results.backend == "torch"
+    assert {"plain", "auto", "fixed:2", "auto dspark"} <= {run.arm for run in results.runs}
+    assert all(run.first_difference is None for run in results.runs)
+
+
+class TestWrongDrafters:
+    def test_a_gguf_beside_a_checkpoint(self, files: Path) -> None:
+        with pytest.raises(BadInput, match="needs a checkpoint folder"):
+            Session.open(options(files, str(tiny_gguf(files / "other.gguf"))))
+
+    def test_a_drafter_of_another_target(self, files: Path, tmp_path: Path) -> None:
+        from dataclasses import replace
+
+        other = tiny_drafter(tmp_path / "other", replace(DRAFTER, num_target_layers=9, target_layer_ids=(0, 2, 7)))
+        with pytest.raises(PairMismatch, match="layer 7"):
+            Session.open(options(files, str(other)))
+
+    def test_a_small_model_of_another_vocabulary(self, files: Path, tmp_path: Path) -> None:
+        model = tiny_model(tiny_config(vocab_size=700))
+        with pytest.raises(PairMismatch, match="vocabulary of 700 tokens, the target has 260"):
+            Session.open(options(files, str(tiny_checkpoint(tmp_path / "other", model))))
+
+    def test_a_folder_that_is_neither(self, files: Path, tmp_path: Path) -> None:
+        with pytest.raises(DsparkError, match=r"no config.json"):
+            Session.open(options(files, str(tmp_path)))
+
+    def test_kv_types_of_llamacpp(self, files: Path) -> None:
+        with pytest.raises(BadInput, match=r"--kv-type q8_0 is of llama\.cpp"):
+            Session.open(options(files, "lookup", kv_type="q8_0"))
+
+
+def test_a_cost_profile_belongs_to_these_weights(files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "target", tmp_path / "copy")
+    before = file_facts(tmp_path / "copy")
+    assert before is not None
+    with (tmp_path / "copy" / "model.safetensors").open("r+b") as file:
+        file.seek(20)
+        file.write(b"x")
+    assert file_facts(tmp_path / "copy") != before
+
+
+def dspark(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dspark_cli", *args],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_command(files: Path, tmp_path: Path) -> None:
+    target, drafter = str(files / "target"), str(files / "draft")
+    done = dspark("generate", target, "hi", "--drafter", drafter, "--json", "--max-tokens", "20", "--policy", "fixed:3")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["backend"], answer["format"], answer["drafter"]) == ("torch", "F32", "draft")
+    assert answer["drafted"] > 0
+    assert "backend torch on cpu: a checkpoint folder runs through torch" in done.stderr
+    talk = dspark("chat", target, "--plain", "--drafter", "lookup", "--max-tokens", "8", stdin="hello\nagain\n")
+    assert talk.returncode == 0, talk.stderr
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{text}"}}\n' for text in ("again and again", "count", "x")))
+    many = dspark("batch", str(prompts), "-o", str(out), "--model", target, "--drafter", drafter, "--max-tokens", "8")
+    assert many.returncode == 0, many.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["backend"], line["tokens"]) for line in lines] == [("torch", 8)] * 3
+    wrong = dspark("generate", drafter, "hi")
+    assert wrong.returncode == 2
+    assert "is a drafter, not a model that can answer" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
