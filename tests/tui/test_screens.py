@@ -62,7 +62,9 @@ SCREENS: dict[str, Callable[[Pilot[None]], Awaitable[None]]] = {
 @pytest.mark.parametrize("name", SCREENS)
 def test_screen(name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are made equal, so that every figure on the screen is the same each run."""
-    monkeypatch.setattr("dspark_cli.engine.decode.PassClock.split", lambda self, prompts: (Times(0.5, 20.0, 0.0, 0.5), 20.5))
+    monkeypatch.setattr(
+        "dspark_cli.engine.decode.PassClock.split", lambda self, prompts: (Times(0.5, 20.0, 0.0, 0.5), 20.5)
+    )
     app, _ = app_of({"three fruits": ANSWER}, schedule=Parked() if name == "parked" else None)
 
     async def run() -> str:
