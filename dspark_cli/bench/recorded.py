@@ -12,7 +12,7 @@ from dspark_cli.backends.base import Drafter
 from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.bench.prompts import KINDS
 from dspark_cli.engine.admission import admit
-from dspark_cli.engine.calibration import Recorded, Sts, ece, fit_sts, pooled, report
+from dspark_cli.engine.calibration import Recorded, Sts, brier, ece, fit_sts, pooled, report
 from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.rounds import SamplingOptions
@@ -70,17 +70,25 @@ def record(
 
 
 def calibrate(halves: Halves) -> tuple[Sts, dict[str, Any]]:
-    """STS fitted on one half, and what it does to the other; kept only if that half is better for it."""
+    """STS fitted on one half, and what it does to the other; kept only if that half is better for it.
+
+    Better by ECE, which STS minimises, and by Brier score: ECE alone is content when every confidence becomes the mean,
+    which leaves a schedule nothing to choose by.
+    """
     sts = fit_sts(halves.fit, at_least=AT_LEAST)
-    before, after = (ece(*pooled(halves.held_out, s)) for s in (Sts(), sts)) if len(halves.held_out) else (0.0, 0.0)
-    helps = after < before
+    before = after = (0.0, 0.0)
+    if len(halves.held_out):
+        before, after = ((ece(*pair), brier(*pair)) for pair in (pooled(halves.held_out, s) for s in (Sts(), sts)))
+    helps = after[0] < before[0] and after[1] <= before[1]
     return sts if helps else Sts(), {
         "source": halves.source,
         "rounds_fit": len(halves.fit),
         "rounds_held_out": len(halves.held_out),
         "temperatures": [round(t, 4) for t in sts.temperatures],
-        "ece_before": round(before, 4),
-        "ece_after": round(after, 4),
+        "ece_before": round(before[0], 4),
+        "ece_after": round(after[0], 4),
+        "brier_before": round(before[1], 4),
+        "brier_after": round(after[1], 4),
         "used": helps,
         "positions": [
             {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}

@@ -158,7 +158,11 @@ def print_findings(found: dict[str, Any]) -> None:
         )
     console.print(table)
     if not confidence["used"]:
-        console.print("STS is not used: on the held-out rounds the drafter's own confidence is at least as good")
+        console.print(
+            "STS is not used: on the held-out rounds the drafter's own confidence is at least as good "
+            f"(Brier {confidence['brier_before']:.3f}, with STS {confidence['brier_after']:.3f})",
+            highlight=False,
+        )
     console.print()
     table = Table("confidence of every token", "verify", "speed", title="what follows", title_justify="left", box=None)
     for row in found["schedule"]:

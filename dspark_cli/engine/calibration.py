@@ -48,6 +48,11 @@ def ece(predicted: Array, happened: Array, bins: int = BINS) -> float:
     return sum(abs(p - s) * n for p, s, n in rows) / max(1, len(predicted))
 
 
+def brier(predicted: Array, happened: Array) -> float:
+    """Mean squared distance of prediction and outcome: better the surer *and* the truer. 0 without data."""
+    return float(np.mean((predicted - happened) ** 2)) if len(predicted) else 0.0
+
+
 def auc(predicted: Array, happened: Array) -> float | None:
     """Chance that a token that was accepted had the higher prediction (ties count half); None if all ended alike."""
     positive = happened > 0.5

@@ -55,7 +55,8 @@ def evaluate(
         "survival": first["survival"],
         "rounds": first["rounds"],
         "ece_before": found["ece_before"],
-        "ece_after": found["ece_after"] if found["used"] else found["ece_before"],
+        "ece_after": found["ece_after"],
+        "sts_used": found["used"],
     }
 
 

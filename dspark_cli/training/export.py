@@ -85,7 +85,9 @@ def card(name: str, recipe: dict[str, Any], evaluation: dict[str, Any]) -> str:
     lines += [
         "",
         f"Confidence: ECE of the cumulative product {evaluation['ece_before']:.3f}, after STS {evaluation['ece_after']:.3f} "
-        "(fitted on one half of the prompts, judged on the other).",
+        "(fitted on one half of the prompts, judged on the other"
+        + ("" if evaluation["sts_used"] else "; not used, as it costs more in Brier score than it mends")
+        + ").",
         "",
     ]
     return "\n".join(lines)
