@@ -12,7 +12,7 @@ from dspark_cli.backends.base import Drafter
 from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.bench.prompts import KINDS
 from dspark_cli.engine.admission import admit
-from dspark_cli.engine.calibration import Recorded, Sts, brier, ece, fit_sts, pooled, report
+from dspark_cli.engine.calibration import GRID, Recorded, Sts, brier, ece, fit_sts, pooled, report
 from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.rounds import SamplingOptions
@@ -72,14 +72,16 @@ def record(
 def calibrate(halves: Halves) -> tuple[Sts, dict[str, Any]]:
     """STS fitted on one half, and what it does to the other; kept only if that half is better for it.
 
-    Better by ECE, which STS minimises, and by Brier score: ECE alone is content when every confidence becomes the mean,
-    which leaves a schedule nothing to choose by.
+    Better by ECE, which STS minimises, and by Brier score, with temperatures inside the grid: at its edge every confidence
+    becomes a half, because the error is not one of scale. That lowers ECE and leaves a schedule nothing to choose by; the
+    online recalibration, which also shifts, mends it better.
     """
     sts = fit_sts(halves.fit, at_least=AT_LEAST)
     before = after = (0.0, 0.0)
     if len(halves.held_out):
         before, after = ((ece(*pair), brier(*pair)) for pair in (pooled(halves.held_out, s) for s in (Sts(), sts)))
-    helps = after[0] < before[0] and after[1] <= before[1]
+    inside = all(GRID[0] < t < GRID[-1] for t in sts.temperatures)
+    helps = inside and after[0] < before[0] and after[1] <= before[1]
     return sts if helps else Sts(), {
         "source": halves.source,
         "rounds_fit": len(halves.fit),
