@@ -159,7 +159,7 @@ def print_findings(found: dict[str, Any]) -> None:
     console.print(table)
     if not confidence["used"]:
         console.print(
-            "STS is not used: its temperatures are at the edge of the grid, or the drafter's own confidence is at least as good "
+            "STS is not used: temperatures at the edge of the grid, or the drafter's own confidence is at least as good "
             f"(Brier {confidence['brier_before']:.3f}, with STS {confidence['brier_after']:.3f})",
             highlight=False,
         )
