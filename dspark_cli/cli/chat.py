@@ -84,6 +84,15 @@ def full_screen() -> bool:
     return terminals and os.environ.get("TERM", "") not in ("", "dumb")
 
 
+def _leave_closed_terminal() -> None:
+    """What a closed terminal did not take stays in the buffers, and Python's last flush would change the exit code to 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run_full_screen(pair: o.PairOptions, talk: object, settings: object) -> None:
     """Open the terminal UI. What ends it as an error is raised once the terminal is as it was."""
     from dspark_cli.cli.opener import PairOpener
@@ -101,6 +110,7 @@ def run_full_screen(pair: o.PairOptions, talk: object, settings: object) -> None
     if app.kept is not None:
         with contextlib.suppress(OSError):  # the terminal may be gone
             o.note(f"conversation kept: dspark chat --resume goes on with it ({app.kept})")
+    _leave_closed_terminal()
     if app.problem is not None:
         raise app.problem
     if app.return_code:
