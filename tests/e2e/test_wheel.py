@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import venv
@@ -11,12 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+CACHE_HOME = os.environ.get("XDG_CACHE_HOME")  # before a fixture gives every test its own: pip's cache is the user's
 
 pytestmark = pytest.mark.slow
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, check=False, timeout=900)
+    own = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
+    env = own if CACHE_HOME is None else own | {"XDG_CACHE_HOME": CACHE_HOME}
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=900
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
