@@ -112,8 +112,8 @@ class Window(App[None]):
 
     def on_mount(self) -> None:
         # Textual's thread workers run in the default executor: one thread for all that touches the engine. libgomp keeps a
-        # pool for each thread that computes, and with more threads in its pools than cores it stops spinning: 36 instead of
-        # 95 tok/s on two cores when the pair was measured in another thread (`python -m dspark_cli.bench.ui`).
+        # pool for each thread that computes and probably stops spinning with more threads in its pools than cores: 36 instead
+        # of 95 tok/s on two cores when the model was loaded in another thread (docs/chat.md).
         if sys.platform != "win32":  # where Textual sleeps in that executor too, and OpenMP is another one
             asyncio.get_running_loop().set_default_executor(self._executor)
         on_signals(self._ended, self.action_interrupt)
