@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,10 +17,13 @@ from dspark_cli.engine.schedule import Off, Schedule, parse_policy
 from dspark_cli.engine.session import Session
 from dspark_cli.registry.plan import Device, MemoryPlan, Need
 from dspark_cli.tui.app import ChatApp, make_app
+from dspark_cli.tui.messages import Sent
 from dspark_cli.tui.opening import Opened, Progress
+from dspark_cli.tui.prompt import Prompt
 from fakes import FakeTokenizer
 
 EOG = 256
+TEXT = "# Fruits\n\nAn **apple** and a `pear`.\n\n```python\nprint('plum')\n```\n\n- fig\n- date\n"
 ASSISTANT = "\x01"  # where the answer begins in a rendered prompt
 
 
@@ -211,18 +215,97 @@ def screen_text(app: ChatApp) -> str:
     return "\n".join(strip.text.rstrip() for strip in app.screen._compositor.render_strips())
 
 
+def shown(pilot: Pilot[None]) -> str:
+    return screen_text(pilot.app)  # type: ignore[arg-type]
+
+
+def drive(
+    app: ChatApp,
+    test: Callable[[Pilot[None]], Awaitable[None]],
+    size: tuple[int, int] = (120, 40),
+    *,
+    loaded: bool = True,
+) -> None:
+    """Run `test` with the app in a window of `size`, once the model is loaded."""
+
+    async def run() -> None:
+        async with app.run_test(size=size, notifications=True) as pilot:
+            if loaded:
+                await ready(pilot)
+            try:
+                await test(pilot)
+            finally:
+                app.opener.target.released.set()  # type: ignore[attr-defined]  (or a failed test would wait for ever)
+        app.free()
+
+    asyncio.run(run())
+
+
+class Held:
+    """A target that waits before each pass until it is let go."""
+
+    def __init__(self, target: ScriptedTarget) -> None:
+        self.go = target.released
+        self.passes = threading.Semaphore(0)
+        target.before_step = self._step
+
+    def _step(self) -> None:
+        while not self.go.is_set() and not self.passes.acquire(timeout=0.01):
+            pass
+
+
+def prompt_of(app: ChatApp) -> Prompt:
+    return app.query_one(Prompt)
+
+
+def command(app: ChatApp, line: str) -> None:
+    """What typing `line` and Enter does."""
+    app.post_message(Sent(line))
+
+
+def draw_every_round(app: ChatApp) -> None:
+    app.budget.interval = 0.0
+    app.budget.spent = lambda: None  # type: ignore[method-assign]
+
+
 async def until(pilot: Pilot[None], true: Callable[[], object], what: str = "it") -> None:
     """Wait for something to become true, ten seconds at most."""
     end = time.monotonic() + 10
     while not true():
-        assert time.monotonic() < end, f"{what} never came:\n{screen_text(pilot.app)}"  # type: ignore[arg-type]
+        assert time.monotonic() < end, f"{what} never came:\n{shown(pilot)}"
         await pilot.pause(0.01)
+
+
+async def settle(pilot: Pilot[None]) -> None:
+    """Wait until what was pressed or posted so far has been handled, and drawn.
+
+    Textual's own pause takes a process that used no CPU for 20 ms for an idle one; on a busy machine that is one that was
+    not given any, and the key is still on its way. Here a mark goes the way of a key, through every queue: the app's, the
+    screen's, that of the widget with the focus (whose messages go back to the app).
+    """
+    app, end = pilot.app, time.monotonic() + 10
+    for _ in range(2):
+        for place in (app, app.screen, app.focused, app):
+            passed = threading.Event()
+            if place is not None and place.is_running:
+                place.call_later(passed.set)
+            while place is not None and place.is_running and not passed.is_set():  # a screen may close meanwhile
+                assert time.monotonic() < end, f"{place} handles no messages:\n{shown(pilot)}"
+                await asyncio.sleep(0.002)
+    await pilot.pause()
 
 
 async def ready(pilot: Pilot[None]) -> None:
     """Wait for the model, or for what runs, to be done."""
+    await settle(pilot)
     await until(pilot, lambda: not pilot.app.busy, "the end")  # type: ignore[attr-defined]
-    await pilot.pause(0.02)
+    await settle(pilot)
+
+
+async def press(pilot: Pilot[None], *keys: str) -> None:
+    """Press keys and wait until they have been handled."""
+    await pilot.press(*keys)
+    await settle(pilot)
 
 
 async def ask(pilot: Pilot[None], text: str) -> None:
@@ -233,5 +316,4 @@ async def ask(pilot: Pilot[None], text: str) -> None:
 
 async def type_and_send(pilot: Pilot[None], text: str) -> None:
     names = {" ": "space", "/": "slash", ":": "colon", ".": "full_stop", "-": "minus", "_": "underscore"}
-    await pilot.press(*(names.get(c, c) for c in text), "enter")
-    await pilot.pause()
+    await press(pilot, *(names.get(c, c) for c in text), "enter")

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from scripted import Parked, app_of, ask, ready, screen_text, until
+from scripted import Parked, app_of, ask, press, ready, screen_text, settle, until
 from textual.pilot import Pilot
 
 from dspark_cli.engine.rounds import Times
@@ -37,16 +37,16 @@ async def answered(pilot: Pilot[None]) -> None:
 
 
 async def helped(pilot: Pilot[None]) -> None:
-    await pilot.press("f1")
+    await press(pilot, "f1")
     await until(pilot, lambda: "Keys and commands" in screen_text(pilot.app))  # type: ignore[arg-type]
 
 
 async def raced(pilot: Pilot[None]) -> None:
     await ask(pilot, "three fruits")
-    await pilot.press("f4")
+    await press(pilot, "f4")
     await ready(pilot)
     pilot.app.clear_notifications()
-    await pilot.pause(0.2)
+    await settle(pilot)
 
 
 SCREENS: dict[str, Callable[[Pilot[None]], Awaitable[None]]] = {
@@ -71,7 +71,7 @@ def test_screen(name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatc
         async with app.run_test(size=size) as pilot:
             await ready(pilot)
             await SCREENS[name](pilot)
-            await pilot.pause(0.1)
+            await settle(pilot)
             return screen_text(app)
 
     screen = asyncio.run(run())
