@@ -33,6 +33,7 @@ from dspark_cli.backends.torch.eagle3 import Eagle3
 from dspark_cli.backends.torch.gguf_drafter import load_gguf_drafter, target_norm, target_tables
 from dspark_cli.backends.torch.gguf_model import ARCHITECTURES, load_gguf_model
 from dspark_cli.registry.plan import size
+from dspark_cli.training.confidence import fit_confidence
 from dspark_cli.training.corpus import Corpus, TargetHead, draft_vocabulary
 from dspark_cli.training.documents import Document, append_documents, read_documents
 from dspark_cli.training.evaluate import evaluate
@@ -258,7 +259,10 @@ class Pipeline:
             raise
         self._curve(trainer, held_out)
         self.report.end()
-        return trainer, self._facts(trainer, corpus, coverage)
+        # The first held-out documents are for `evaluate`.
+        fit = fit_confidence(trainer, held_out, held_out.stretches[EVALUATED:], self.recipe.seed)
+        facts = self._facts(trainer, corpus, coverage)
+        return trainer, facts | ({"confidence": asdict(fit)} if fit else {})
 
     def _trainer(self, corpus: Corpus, start: Path | None) -> tuple[Trainer, float]:
         tables, norm = target_tables(self.target), target_norm(self.target)

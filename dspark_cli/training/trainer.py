@@ -147,7 +147,7 @@ class Trainer:
         began = _clock(self.device)
         self._set_rates()
         results = []
-        with self._fast():
+        with self.autocast():
             for example in examples:
                 output = self.model.training_forward(example.features, example.ids, example.anchors, rows=self.rows)
                 results.append(judge(output, example, self.head, self.tv_share))
@@ -161,7 +161,7 @@ class Trainer:
         positions = sum(e.anchors.shape[1] for e in examples)
         self._count(_clock(self.device) - began, float(loss.detach()), accept, positions)
 
-    def _fast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 products where the machine has them; weights and optimisers stay float32."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=quick_bfloat16(self.device))
 
@@ -256,7 +256,7 @@ def acceptance(trainer: Trainer, corpus: Corpus, *, documents: int = 64, seed: i
     total, count = 0.0, 0.0
     for stretch in corpus.stretches[:documents]:
         example = corpus.example(stretch, 64, generator)
-        with trainer._fast():
+        with trainer.autocast():
             output = trainer.model.training_forward(example.features, example.ids, example.anchors)
             result = judge(output, example, trainer.head, 0.9)
         total = total + result.accept_rate.sum(0)
