@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -14,7 +14,7 @@ from dspark_cli.engine.auto import AutoSchedule, Belief
 from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.guard import Guard
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
-from dspark_cli.engine.schedule import Fixed, Off, Schedule
+from dspark_cli.engine.schedule import Fixed, Off, Outcome, Schedule
 from simulated import Clock, Machine, Quality, honest, steady
 
 SEEDS = range(4)
@@ -89,8 +89,52 @@ def test_the_user_is_told_why() -> None:
     parked = [r.parked for r in rounds if r.parked]
     assert len(parked) > 150
     assert all(p.endswith("on this machine with Q4_1") for p in parked)
-    assert 0.2 < float(parked[0].split("x ")[0]) < 0.95
-    assert all(r.drafted == 0 for r in rounds if r.parked)
+    assert parked[0].startswith("not known yet to pay")
+    assert 0.2 < float(parked[-1].split("x ")[0]) < 0.95
+    assert all(r.verified == 0 for r in rounds if r.parked)
+    assert sum(r.drafted for r in rounds if r.parked) < 0.3 * len(rounds), "few of them draft, only to watch"
+
+
+def test_a_drafter_that_does_not_pay_is_found_out_without_verifying_anything() -> None:
+    machine = Machine(honest(0.2, 0.4))
+    _, rounds = machine.run(auto(machine), 600)
+    assert sum(r.verified for r in rounds) == 0
+    assert 5 < sum(r.drafted > 0 for r in rounds) < 40
+
+
+@pytest.mark.parametrize("verify", ["jagged", "flat"])
+def test_a_drafter_that_pays_is_let_in_by_what_it_drafted_while_watched(verify: str) -> None:
+    machine = Machine(honest(0.7, 0.95), **({"verify": FLAT} if verify == "flat" else {}))
+    _, rounds = machine.run(auto(machine), 100)
+    assert next(i for i, r in enumerate(rounds) if r.verified) < 20
+
+
+def test_an_answer_that_ends_while_drafts_are_watched_does_not_stop_the_next_from_drafting() -> None:
+    machine = Machine(steady(1.0, 0.9))
+    schedule = auto(machine)
+    for _ in range(12):
+        _, rounds = machine.run(schedule, 4)
+    _, rounds = machine.run(schedule, 40)
+    assert fmean(len(r.tokens) for r in rounds[-4:]) > 2
+
+
+def test_what_was_watched_is_what_verifying_would_have_accepted() -> None:
+    """Outcomes told to the schedule, against the text that came."""
+    told: list[Outcome] = []
+
+    class Spy(AutoSchedule):
+        def seen(self, outcomes: Sequence[Outcome]) -> None:
+            told.extend(outcomes)
+            super().seen(outcomes)
+
+    machine = Machine(honest(0.2, 0.9), n_seq=3)
+    _, rounds = machine.run(Spy(machine.costs()), 200, requests=6)
+    drafts = sum(r.drafted > 0 and r.verified == 0 for r in rounds)
+    assert drafts > 10
+    assert 0 < len(told) <= drafts
+    assert all(o.kept <= o.judged <= o.kept + 1 and not o.verified for o in told)
+    rate = sum(o.kept for o in told) / sum(o.judged for o in told)
+    assert 0.45 < rate < 0.65, "the drafter is right with chance 0.2 to 0.9"
 
 
 def test_parked_rounds_do_not_draft_and_hand_features_over_in_bulk() -> None:
@@ -147,7 +191,7 @@ def test_several_sequences_share_the_budget() -> None:
 
 
 def test_the_cap_holds() -> None:
-    machine = Machine(steady(1.0, 0.95), n_seq=4)
+    machine = Machine(steady(1.0, 0.95), n_seq=4, verify=FLAT)
     _, rounds = machine.run(auto(machine, cap=8), 60, requests=4)
     shared = [r for r in rounds if r.shared == 4 and not r.is_prefill]
     passes = [sum(1 + r.verified for r in shared[i : i + 4]) for i in range(0, len(shared) - 3, 4)]

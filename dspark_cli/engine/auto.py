@@ -23,12 +23,16 @@ from dspark_cli.engine.schedule import Outcome, Schedule, likely
 
 OWN_HISTORY = ("lookup",)  # drafters whose confidence is what became of their recent drafts
 FADE = 0.98  # the recent past that a round's rate is counted with: about 50 rounds
-TRIAL = 2  # tokens of a draft that a trial verifies at most
+TRIAL = 2  # tokens of a sampled draft that a trial verifies at most (a deterministic one is watched, none is verified)
+WATCHED = 4  # requests whose drafts a trial watches at most
 AFTER_PARKING = 0.7  # how much of what was learned of a drafter still counts at a probe
 ENOUGH = 8  # drafts seen before the block to draft is chosen by them
 REVIEW = 32  # rounds between two choices of the block to draft
+MARGINAL = 1.15  # a gain below this may be a wrong cost of plain decoding: ...
+PLAIN_EVERY = 32  # ... then so many rounds at most go by without a plain one to measure it by
 TRUSTED = 1.05  # a drafter that gained this much in earlier runs, at this machine's costs, gets more patience
 HOPELESS = 0.95  # one that would have lost this much is parked before its first pass
+UNKNOWN = "not known yet to pay"  # why nothing is verified while the drafter is watched for the first time
 NOTHING: Array = np.empty(0)
 
 
@@ -92,7 +96,8 @@ class _Plan:
 
     verify: ms [1 + all limits] of a pass with 0, 1, ... draft tokens;  plain: ms of a round without any
     worth:  tokens that all requests together make in a ms
-    passed: the largest block that the drafter's pass drafts, 0 without a pass;  pass_ms: what that costs
+    passed: the largest block that the drafter's pass drafts, 0 without a pass;  asked: for how many requests
+    pass_ms: what that pass costs
     """
 
     shared: int
@@ -102,6 +107,7 @@ class _Plan:
     plain: float
     worth: float
     passed: int = 0
+    asked: int = 0
     pass_ms: float = 0.0
     survival: Sequence[Array] = ()
     logits: Sequence[Array] = ()
@@ -116,6 +122,24 @@ class _Plan:
         """Tokens that verifying the best prefix of a draft gains over not verifying it."""
         extra = self.verify[1 : len(survival) + 1] - self.verify[0]
         return max(0.0, float((survival.cumsum() - extra * self.worth).max()))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Drafts to watch, and what verifying `lengths` of them would have promised.
+
+    expected: tokens per request
+    cost:     of the round, extra: of verifying alone, spent: of drafting to watch, in plain tokens
+    """
+
+    watched: Sequence[int]
+    survival: Sequence[Array]
+    logits: Sequence[Array]
+    lengths: Sequence[int]
+    expected: float
+    cost: float
+    extra: float
+    spent: float
 
 
 class AutoSchedule(Schedule):
@@ -154,6 +178,9 @@ class AutoSchedule(Schedule):
         self._parked: str | None = None
         self._judged_earlier = False
         self._room = 1 << 30  # draft tokens that the pass has room for
+        self._trial: _Trial | None = None  # drafts that are being watched
+        self._since_plain = 0
+        self._watched: Sequence[int] = ()  # of the drafts chosen from last
 
     # -- whether to draft ----------------------------------------------------------------------------------------------
 
@@ -176,7 +203,7 @@ class AutoSchedule(Schedule):
         if not wanted:
             return [0] * len(blocks)
         self._judge_earlier_runs(wanted)
-        if not self.pass_guard.active:
+        if not self.pass_guard.active or self._trial is not None or self._plain_is_due:
             return [0] * len(blocks)
         wanted = min(wanted, self._pass_block(wanted))
         pass_ms = self.costs.pass_ms(plan.shared, wanted)
@@ -185,9 +212,17 @@ class AutoSchedule(Schedule):
             0 if len(draft) and self._beats(draft, block, promise) else min(block, wanted)
             for block, draft in zip(blocks, quick, strict=True)
         ]
-        plan.passed = max(asked)
-        plan.pass_ms = pass_ms if plan.passed else 0.0
+        if self.pass_guard.probing:  # a few requests tell what the drafter is worth to all
+            some = [i for i, n in enumerate(asked) if n][:WATCHED]
+            asked = [n if i in some else 0 for i, n in enumerate(asked)]
+        plan.passed, plan.asked = max(asked), sum(n > 0 for n in asked)
+        plan.pass_ms = self.costs.pass_ms(plan.asked, wanted) if plan.passed else 0.0
         return asked
+
+    @property
+    def _plain_is_due(self) -> bool:
+        tokens, cost = self._past
+        return self._since_plain >= PLAIN_EVERY and tokens < MARGINAL * cost
 
     def _beats(self, quick: Draft, block: int, promise: float | None) -> bool:
         """Whether a quick draft gains more than the pass does on average (`promise`, its cost taken off)."""
@@ -206,11 +241,13 @@ class AutoSchedule(Schedule):
         ]
         if known and self._plan.shared == 1:
             tokens = 1.0 + np.concatenate([[0.0], np.cumsum(known)])
-            ms = self._plan.round_ms(len(known)) + self.costs.pass_ms(1, block)
+            pass_ms = self.costs.pass_ms(1, block)
+            ms = self._plan.round_ms(len(known)) + pass_ms
             rate = float((tokens / ms).max()) * self._plan.plain
+            self._recent.extend([np.asarray(known)] * ENOUGH)
             self.pass_guard = Guard(trusted=rate >= TRUSTED)
             if rate < HOPELESS:
-                self.pass_guard.park(rate, "expected")
+                self.pass_guard.park(rate, "expected", trial=2 * pass_ms / self._plan.plain)
 
     def _pass_block(self, limit: int) -> int:
         """The block whose tokens pay for what drafting them costs, over the drafts of the recent past."""
@@ -233,8 +270,15 @@ class AutoSchedule(Schedule):
     def choose(self, drafts: Sequence[Draft]) -> list[int]:
         plan = self._plan
         plan.survival, plan.logits = self._beliefs(drafts)
-        offered = self._offered(plan.survival)
-        size = sum(map(len, offered))
+        self._begin_trial(drafts)
+        lengths = self._lengths(drafts, self._offered(plan.survival))
+        plan.verified = sum(lengths)
+        plan.expected += self._promised(plan.survival, lengths)
+        return lengths
+
+    def _lengths(self, drafts: Sequence[Draft], offered: Sequence[Array]) -> list[int]:
+        """Tokens to verify of each draft, of which `offered` may be."""
+        plan, size = self._plan, sum(map(len, offered))
         if not size:
             return [0] * len(drafts)
         sampled = any(d.probs is not None for d in drafts)
@@ -243,10 +287,59 @@ class AutoSchedule(Schedule):
         tokens, cost = self._past
         carry = (tokens * plan.shared, min(cost, tokens) * plan.plain)
         cap = self._room if self.cap is None else min(self._room, self.cap - plan.shared)
-        lengths = admit(offered, ms, early_stop=sampled, carry=carry, cap=cap)
-        plan.verified = sum(lengths)
-        plan.expected += sum(float(a[:n].sum()) for a, n in zip(offered, lengths, strict=True) if n) / plan.shared
-        return lengths
+        return admit(offered, ms, early_stop=sampled, carry=carry, cap=cap)
+
+    def _promised(self, survival: Sequence[Array], lengths: Sequence[int]) -> float:
+        """Accepted tokens per request that calibrated confidences promise."""
+        return sum(float(a[:n].sum()) for a, n in zip(survival, lengths, strict=True) if n) / self._plan.shared
+
+    def _begin_trial(self, drafts: Sequence[Draft]) -> None:
+        """While it is to be found out whether the drafter pays, its drafts are not verified but watched: the next rounds'
+        plain tokens tell what verifying would have brought, and a wrong guess has cost the drafter's pass only."""
+        plan = self._plan
+        self._watched = ()
+        if not plan.passed or not self.pass_guard.probing or any(d.probs is not None for d in drafts):
+            return
+        self._watched = [i for i, d in enumerate(drafts) if len(d) and d.source not in OWN_HISTORY]
+        survival = [a if i in self._watched else NOTHING for i, a in enumerate(plan.survival)]
+        lengths = self._lengths(drafts, survival)
+        # What a pass for all would have brought and cost, from the few that are watched.
+        scale = plan.shared / max(1, len(self._watched))
+        size = min(round(sum(lengths) * scale), len(plan.verify) - 1)
+        extra = float(plan.verify[size] - plan.verify[0]) / plan.plain
+        self._trial = _Trial(
+            self._watched,
+            survival,
+            plan.logits,
+            lengths,
+            1.0 + scale * self._promised(survival, lengths),
+            1.0 + extra + self.costs.pass_ms(plan.shared, plan.passed) / plan.plain,
+            extra,
+            plan.pass_ms / plan.plain,
+        )
+
+    def watched(self) -> Sequence[int]:
+        return self._watched
+
+    def seen(self, outcomes: Sequence[Outcome]) -> None:
+        """A trial is over: judge it as if it had been verified."""
+        trial, self._trial = self._trial, None
+        if trial is None:
+            return
+        brought = 0.0
+        judged = []
+        for i, outcome in zip(trial.watched, outcomes, strict=True):
+            length, x = trial.lengths[i], trial.logits[i]
+            if outcome.judged:
+                judged.append((outcome, x))
+            # An answer that ended early left positions unjudged: they count as they were expected.
+            unknown = outcome.kept == outcome.judged < length
+            brought += float(trial.survival[i][:length].sum()) if unknown else min(outcome.kept, length)
+        self._learn(judged)
+        self._count_pass(
+            [o.draft for o in outcomes], [trial.survival[i] for i in trial.watched], trial.expected, trial.extra
+        )
+        self.pass_guard.observe(trial.expected, 1.0 + brought / len(outcomes), trial.cost, spent=trial.spent)
 
     def _beliefs(self, drafts: Sequence[Draft]) -> tuple[list[Array], list[Array]]:
         """(survivals, logits), one array [k] a draft."""
@@ -267,7 +360,9 @@ class AutoSchedule(Schedule):
 
     def _offered(self, survival: Sequence[Array]) -> Sequence[Array]:
         """Survivals of what may be verified: little in a trial, nothing of quick drafts while those are parked."""
-        if self._plan.passed:
+        if self._watched:
+            survival = [NOTHING if i in self._watched else a for i, a in enumerate(survival)]
+        elif self._plan.passed:
             # A trial is to find out what the drafter is worth, not to rely on what it says.
             return [a[:TRIAL] for a in survival] if self.pass_guard.probing else survival
         if self.quick_guard.active:
@@ -291,24 +386,33 @@ class AutoSchedule(Schedule):
         cost = float(plan.verify[plan.verified] - plan.verify[0] + plan.plain + plan.pass_ms) / plan.plain
         brought = 1.0 + sum(o.accepted for o in outcomes) / shared
         self._past = (self._past[0] * FADE + brought, self._past[1] * FADE + cost)
+        self._since_plain = self._since_plain + 1 if plan.verified else 0
         costs.observe_verify(shared, shared + plan.verified, plan.depth, times.verify)
         costs.observe_overhead(times.own, times.inject if plan.passed else None)
-        self._learn(outcomes)
+        self._learn(
+            [(o, x) for i, (o, x) in enumerate(zip(outcomes, plan.logits, strict=True)) if i not in self._watched]
+        )
         if plan.passed:
-            costs.observe_draft(shared, plan.passed, times.draft)
-            extra = float(plan.verify[plan.verified] - plan.verify[0]) * plan.worth / shared
-            gain = plan.expected - 1.0 - extra
-            self._promise = gain if self._promise is None else self._promise + 0.1 * (gain - self._promise)
-            for a, o in zip(plan.survival, outcomes, strict=True):
-                if len(a):
-                    self._pass_sources.add(o.draft.source)
-                    self._recent.append(a)
+            costs.observe_draft(plan.asked, plan.passed, times.draft)
+        if plan.passed and not self._watched:
+            extra = float(plan.verify[plan.verified] - plan.verify[0]) / plan.plain
+            self._count_pass([o.draft for o in outcomes], plan.survival, plan.expected, extra)
             self.pass_guard.observe(plan.expected, brought, cost)
         else:
             self._skip_pass()
             if plan.verified:
                 self.quick_guard.observe(plan.expected, brought, cost)
-        self._parked = None if plan.passed or plan.verified else self._why_parked()
+        self._parked = None if plan.verified or (plan.passed and not self._watched) else self._why_parked()
+
+    def _count_pass(self, drafts: Sequence[Draft], survival: Sequence[Array], expected: float, extra: float) -> None:
+        """Remember what a pass was worth: `expected` tokens a request, for `extra` plain tokens of verifying."""
+        plan = self._plan
+        gain = expected - 1.0 - extra * plan.worth * plan.plain / plan.shared
+        self._promise = gain if self._promise is None else self._promise + 0.1 * (gain - self._promise)
+        for draft, a in zip(drafts, survival, strict=True):
+            if len(a):
+                self._pass_sources.add(draft.source)
+                self._recent.append(a)
 
     def _skip_pass(self) -> None:
         parked = not self.pass_guard.active
@@ -317,19 +421,22 @@ class AutoSchedule(Schedule):
             for source in self._pass_sources:
                 self._belief(source).platt.fade(AFTER_PARKING)
 
-    def _learn(self, outcomes: Sequence[Outcome]) -> None:
-        seen: dict[str, list[tuple[Outcome, Array]]] = {}
-        for outcome, x in zip(outcomes, self._plan.logits, strict=True):
+    def _learn(self, judged: Sequence[tuple[Outcome, Array]]) -> None:
+        """Outcomes with the logits they were judged by."""
+        found: dict[str, list[tuple[Outcome, Array]]] = {}
+        for outcome, x in judged:
             if outcome.judged and len(x):
-                seen.setdefault(outcome.draft.source, []).append((outcome, x))
-        for source, rows in seen.items():
+                found.setdefault(outcome.draft.source, []).append((outcome, x))
+        for source, rows in found.items():
             self._belief(source).learn(rows)
 
     def _why_parked(self) -> str | None:
+        watching = self.pass_guard.probing and (self._trial is not None or bool(self._watched))
         guard = next((g for g in (self.pass_guard, self.quick_guard) if not g.active), None)
-        if guard is None:
+        if not watching and guard is None:
             return None
-        return f"{guard.reason} on this machine" + (f" with {self.label}" if self.label else "")
+        reason = (self.pass_guard if watching or guard is None else guard).reason or UNKNOWN
+        return f"{reason} on this machine" + (f" with {self.label}" if self.label else "")
 
     @property
     def parked(self) -> str | None:

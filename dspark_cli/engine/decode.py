@@ -6,7 +6,7 @@ Everything that generates (chat, generate, batch, bench, the terminal UI) reads 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
@@ -29,6 +29,7 @@ from dspark_cli.engine.rounds import Request, Round, Times
 from dspark_cli.engine.running import Running
 from dspark_cli.engine.schedule import Off, Outcome, Schedule
 from dspark_cli.engine.slots import Slots
+from dspark_cli.engine.watching import Watched
 
 PREFILL_CHUNK = 512  # prompt tokens per pass: bounds feature buffers, and Ctrl-C answers between chunks
 #: prompt tokens in a pass that others decode in, by device: enough to use the machine, few enough that nobody stalls
@@ -52,6 +53,7 @@ class Engine:
     clock: Callable[[], float] = time.perf_counter
     on_prefill: Callable[[int, int], None] = lambda done, total: None
     _slots: Slots = field(default_factory=Slots)
+    _watched: list[Watched] = field(default_factory=list)
 
     def run(self, requests: Iterable[Request], *, isolate: bool = False) -> Iterator[Round]:
         """Decode `requests`, as many at once as the target has sequences; yields rounds as they happen.
@@ -78,6 +80,8 @@ class Engine:
             # Interrupted inside a pass: caches of target and drafter may disagree, so nothing of them is reused.
             self._slots.tokens.clear()
             raise
+        finally:
+            self._end_watch()
 
     def forget(self) -> None:
         """Reuse nothing of the caches: somebody else wrote to them."""
@@ -97,6 +101,7 @@ class Engine:
         clock.lap("draft")
         lengths = schedule.choose(proposals) if decoding else []
         drafts = [draft.prefix(n) for draft, n in zip(proposals, lengths, strict=True)]
+        self._watched += [Watched(decoding[i], proposals[i]) for i in schedule.watched()] if decoding else []
 
         rows = [Row(r.seq, [r.anchor, *d.tokens.tolist()]) for r, d in zip(decoding, drafts, strict=True)]
         rows += [Row(r.seq, chunk, int(r.filled + len(chunk) == len(r.prompt))) for r, chunk in chunks]
@@ -114,6 +119,7 @@ class Engine:
         if decoding:
             # A pass with prompts in it says nothing about what verifying costs.
             schedule.observe([outcome for _, outcome in cycles], replace(times, verify=0.0) if chunks else times)
+            self._watch(decoding, rounds)
             rounds = [replace(item, parked=schedule.parked) for item in rounds]
         for (r, chunk), output in zip(chunks, outputs[len(decoding) :], strict=True):
             rounds += self._fill(r, chunk, output, prompt_ms * len(chunk) / prompt_tokens)
@@ -146,6 +152,22 @@ class Engine:
             finish=r.finish,
             margins=self._margins_of(r, output.logits, len(tokens)),
         ), outcome
+
+    def _watch(self, decoding: Sequence[Running], rounds: Sequence[Round]) -> None:
+        """Compare watched drafts with what was committed."""
+        if not self._watched:
+            return
+        committed = {id(r): item.tokens for r, item in zip(decoding, rounds, strict=True)}
+        for watched in self._watched:
+            watched.read(committed.get(id(watched.request), ()))
+        if not any(w.open for w in self._watched):
+            self._end_watch()
+
+    def _end_watch(self) -> None:
+        """Tell the schedule what is known of the watched drafts."""
+        if self._watched:
+            watched, self._watched = self._watched, []
+            self.schedule.seen([w.outcome for w in watched])
 
     def _propose(self, decoding: list[Running], rows: int) -> list[Draft]:
         """A draft per decoding request, within what its token limit, the context and the pass (`rows`) leave room for."""

@@ -4,6 +4,9 @@ Gains are counted in tokens of plain decoding: a round that brought 2 tokens in 
 accounts are kept. `expected` takes the tokens that calibrated confidences promise: little noise, so it may park soon.
 `observed` takes the tokens that came: much noise, so it is given more patience, and catches what confidences hide.
 Everything rests on rounds that are over, so the guard cannot bias the output.
+
+Whether it pays is found out by watching: the drafter drafts, nothing is verified, and the plain tokens of the next rounds
+tell what would have been accepted. That costs the drafter's pass and no verifying.
 """
 
 from __future__ import annotations
@@ -11,13 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 FADE = 0.97  # share of an account that lasts to the next round
+TRIAL_SHARE = 0.005  # of the time until the next trial that one which only watches may take
 
 
 @dataclass
 class Guard:
     """Whether to speculate, from what it brought.
 
-    first_wait: rounds parked after the first failure; doubles with each probe that fails, up to `longest_wait`
+    first_wait: rounds parked after the first failure; doubles with each probe that fails, up to `longest_wait`,
+                and for probes that only watch up to where they take `TRIAL_SHARE` of the time
     patience:   tokens an account may lose before parking, expected and observed; a probe has `probe_share` of it
     trusted:    whether earlier runs showed that it pays; otherwise the first rounds are a probe too
     """
@@ -34,6 +39,7 @@ class Guard:
     _probing: bool = False
     _wait: int = 0
     _left: int = 0
+    _spent: float = 0.0
     _tokens: float = field(default=0.0)
     _cost: float = field(default=0.0)
 
@@ -57,28 +63,41 @@ class Guard:
             self.active, self._probing = True, True
             self._expected = self._observed = self._tokens = self._cost = 0.0
 
-    def observe(self, expected: float, observed: float, cost: float) -> None:
-        """A speculating round cost as much as `cost` plain tokens; it promised `expected` tokens and brought `observed`."""
+    def observe(self, expected: float, observed: float, cost: float, *, spent: float | None = None) -> None:
+        """A speculating round cost as much as `cost` plain tokens; it promised `expected` tokens and brought `observed`.
+
+        spent: it only would have: drafts were watched, which cost `spent` plain tokens
+        """
         if not self.active:
             return
         self._tokens = self._tokens * FADE + expected
         self._cost = self._cost * FADE + cost
         share = self.probe_share if self._probing else 1.0
         soon, late = self.patience[0] * share, self.patience[1] * share
+        if spent is not None:
+            self._spent += spent
+            late *= 2.0  # nothing is lost by it: noise gets more time
         # Past gains must not hide a loss for long: an account holds no more than it may lose.
         self._expected = min(self._expected * FADE + expected - cost, soon)
         self._observed = min(self._observed * FADE + observed - cost, late)
         if self._expected < -soon and self._observed < 0.0:  # what came may refute a belief that is too low
             self.park(self._tokens / self._cost, "expected")
-        elif self._observed < -late:
+        elif self._observed < -late or (
+            self._probing and self._spent > self.patience[0]
+        ):  # ... nor be watched for ever
             self.park(max(0.0, 1.0 + self._observed / self._cost), "observed")
         elif self._probing and self._expected >= soon and self._observed >= 0.0:
             self._probing, self._wait = False, self.first_wait
 
-    def park(self, rate: float, how: str) -> None:
-        """Stop speculating. `rate`: speed over plain decoding;  `how`: "expected" or "observed"."""
+    def park(self, rate: float, how: str, *, trial: float = 0.0) -> None:
+        """Stop speculating. `rate`: speed over plain decoding;  `how`: "expected" or "observed";  `trial`: what the next trial
+        will take, in plain tokens, if none was made yet."""
         self.active = self._probing = False
         self.reason = f"{rate:.2f}x {how}"
+        spent, self._spent = self._spent or trial, 0.0
+        longest = min(self.longest_wait, int(spent / TRIAL_SHARE)) if spent else self.longest_wait
+        if trial:  # earlier runs have had the short waits
+            self._wait = max(self.first_wait, longest)
         self._left = self._wait
-        self._wait = min(2 * self._wait, self.longest_wait)
+        self._wait = max(self.first_wait, min(2 * self._wait, longest))
         self._expected = self._observed = 0.0

@@ -68,6 +68,14 @@ class Schedule(ABC):
     def observe(self, outcomes: Sequence[Outcome], times: Times) -> None:  # noqa: B027  (fixed policies do not learn)
         """What the round brought and what it cost (the shared passes of all sequences), after it ended."""
 
+    def watched(self) -> Sequence[int]:
+        """Which of the drafts just chosen from are to be compared with what their requests say in the next rounds: none of
+        their tokens is verified, all are deterministic, and `seen` is told what became of them. After `choose`."""
+        return ()
+
+    def seen(self, outcomes: Sequence[Outcome]) -> None:  # noqa: B027
+        """What became of the drafts that were `watched`, in their order, once all of it is known."""
+
     @property
     def parked(self) -> str | None:
         """Why speculation is switched off for now; None while it is on."""
