@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,16 @@ def write_drafter(
     return path
 
 
-def write_companions(drafter: Path, kind: str, recipe: dict[str, Any], evaluation: dict[str, Any]) -> Exported:
-    """Recipe, calibration and card beside `drafter`. Raises DsparkError when the disk refuses."""
+CURVE_ROWS = 12  # of a card
+
+
+def write_companions(
+    drafter: Path, kind: str, recipe: dict[str, Any], evaluation: dict[str, Any], curve: Sequence[dict[str, Any]] = ()
+) -> Exported:
+    """Recipe, calibration and card beside `drafter`; `curve`: held-out acceptance along the training (`curve.jsonl`).
+
+    Raises DsparkError when the disk refuses.
+    """
     try:
         recipe_path = drafter.with_name(drafter.name + ".recipe.json")
         recipe_path.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
@@ -51,13 +60,15 @@ def write_companions(drafter: Path, kind: str, recipe: dict[str, Any], evaluatio
                 tuple(evaluation["survival"]),
                 int(evaluation["rounds"]),
             ).save(calibration)
-        drafter.with_name(drafter.name + ".md").write_text(card(drafter.name, recipe, evaluation), encoding="utf-8")
+        drafter.with_name(drafter.name + ".md").write_text(
+            card(drafter.name, recipe, evaluation, curve), encoding="utf-8"
+        )
     except OSError as error:
         raise DsparkError(f"{drafter.parent} cannot be written: {error.strerror}") from None
     return Exported(drafter, recipe_path, calibration)
 
 
-def card(name: str, recipe: dict[str, Any], evaluation: dict[str, Any]) -> str:
+def card(name: str, recipe: dict[str, Any], evaluation: dict[str, Any], curve: Sequence[dict[str, Any]] = ()) -> str:
     """The model card, Markdown."""
     shape = recipe["shape"]
     lines = [
@@ -93,5 +104,24 @@ def card(name: str, recipe: dict[str, Any], evaluation: dict[str, Any]) -> str:
         )
         + ").",
         "",
+        *_curve(curve),
     ]
     return "\n".join(lines)
+
+
+def _curve(points: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of how acceptance grew: what more time would bring shows in its last rows."""
+    if not points:
+        return []
+    some = sorted({round(i * (len(points) - 1) / (CURVE_ROWS - 1)) for i in range(CURVE_ROWS)})
+    lines = [
+        "Along the training (held-out documents; 1 - TV of each position, given the true tokens before it, and the tau that "
+        "it implies at temperature 1):",
+        "",
+        "| hours | anchors | accepted by position | implied tau |",
+        "|---|---|---|---|",
+    ]
+    for point in (points[i] for i in some):
+        rates = " ".join(f"{r:.2f}" for r in point["acceptance"])
+        lines.append(f"| {point['hours']:.2f} | {point['positions']:,} | {rates} | {point['expected_tau']:.2f} |")
+    return [*lines, ""]

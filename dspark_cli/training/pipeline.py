@@ -132,7 +132,8 @@ class Pipeline:
         trainer, facts = self.train(start)
         path = write_drafter(trainer.model, out, self.target, quant=quant, vocabulary_quant=vocabulary_quant)
         evaluation = self.evaluate(path)
-        return write_companions(path, self.recipe.kind, facts | {"command": command}, evaluation)
+        curve = [json.loads(line) for line in (self.work / "curve.jsonl").read_text().splitlines()]
+        return write_companions(path, self.recipe.kind, facts | {"command": command}, evaluation, curve)
 
     # -- generate --------------------------------------------------------------------------------------------------
 
