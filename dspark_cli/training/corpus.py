@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark_cli.backends.base import IntArray
 from dspark_cli.training.features import FeatureCache, Stretch
 
 
@@ -83,12 +84,25 @@ class Corpus:
                 yield self.stretches[int(i)]
 
 
-def draft_vocabulary(corpus: Corpus, size: int, n_vocab: int, always: Sequence[int] = ()) -> tuple[np.ndarray, float]:
-    """(int64 [size] ascending: the most frequent ids of the answers and `always`; the share of answer tokens they cover)."""
+def draft_vocabulary(corpus: Corpus, size: int, n_vocab: int, always: Sequence[int] = ()) -> IntArray:
+    """int64 [size], ascending: the most frequent ids of the answers and `always`."""
+    order = _counts(corpus, n_vocab).astype(np.float64)
+    order[list(always)] = np.inf
+    return np.sort(np.argsort(-order, kind="stable")[:size])
+
+
+def covered(corpus: Corpus, ids: IntArray) -> float:
+    """The share of the answer tokens that are among `ids`."""
+    counts = _counts(corpus, int(ids.max()) + 1)
+    return float(counts[ids].sum() / max(1, counts.sum()))
+
+
+def _counts(corpus: Corpus, n_vocab: int) -> IntArray:
+    """How often each id [n_vocab or more] comes in the answers."""
     counts = np.zeros(n_vocab, dtype=np.int64)
     for ids in corpus.answers():
-        counts += np.bincount(ids[1:], minlength=n_vocab)
-    order = counts.astype(np.float64)
-    order[list(always)] = np.inf
-    chosen = np.sort(np.argsort(-order, kind="stable")[:size])
-    return chosen, float(counts[chosen].sum() / max(1, counts.sum()))
+        found = np.bincount(ids[1:])
+        if len(found) > len(counts):
+            counts = np.pad(counts, (0, len(found) - len(counts)))
+        counts[: len(found)] += found
+    return counts

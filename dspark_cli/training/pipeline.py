@@ -34,7 +34,7 @@ from dspark_cli.backends.torch.gguf_drafter import load_gguf_drafter, target_nor
 from dspark_cli.backends.torch.gguf_model import ARCHITECTURES, load_gguf_model
 from dspark_cli.registry.plan import size
 from dspark_cli.training.confidence import fit_confidence
-from dspark_cli.training.corpus import Corpus, TargetHead, draft_vocabulary
+from dspark_cli.training.corpus import Corpus, TargetHead, covered, draft_vocabulary
 from dspark_cli.training.documents import Document, append_documents, read_documents
 from dspark_cli.training.evaluate import evaluate
 from dspark_cli.training.export import Exported, write_companions, write_drafter
@@ -287,19 +287,17 @@ class Pipeline:
         """The draft vocabulary, chosen once: a resumed run, and one that starts from a drafter, keep theirs."""
         path = self.work / "vocabulary.json"
         if path.exists():
-            found = json.loads(path.read_text())
-            return np.asarray(found["ids"], dtype=np.int64), float(found["coverage"])
-        if not self.recipe.vocabulary or self.recipe.vocabulary >= n_vocab:
-            ids, coverage = np.arange(n_vocab), 1.0
-        else:
-            always = [int(read_header(self.target).metadata.get("tokenizer.ggml.eos_token_id", 0))]
-            ids, coverage = draft_vocabulary(corpus, self.recipe.vocabulary, n_vocab, always)
-        if start is not None:
+            ids = np.asarray(json.loads(path.read_text())["ids"], dtype=np.int64)
+        elif start is not None:
             model = _load(start, self.target)
             ids = np.arange(n_vocab) if model.d2t is None else model.d2t.numpy()
-            coverage = draft_vocabulary(corpus, 1, n_vocab, ids.tolist())[1]
-        path.write_text(json.dumps({"coverage": coverage, "ids": ids.tolist()}))
-        return ids, coverage
+        elif not self.recipe.vocabulary or self.recipe.vocabulary >= n_vocab:
+            ids = np.arange(n_vocab)
+        else:
+            always = [int(read_header(self.target).metadata.get("tokenizer.ggml.eos_token_id", 0))]
+            ids = draft_vocabulary(corpus, self.recipe.vocabulary, n_vocab, always)
+        path.write_text(json.dumps({"ids": ids.tolist()}))
+        return ids, covered(corpus, ids)  # of the texts there are now: more may have come
 
     def _config(self, draft_vocab: int, n_vocab: int) -> DrafterConfig:
         header, r = read_header(self.target), self.recipe

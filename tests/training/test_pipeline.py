@@ -25,7 +25,7 @@ from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.gguf_drafter import load_gguf_drafter, save_gguf_drafter
 from dspark_cli.cli import app
 from dspark_cli.engine.session import first_difference
-from dspark_cli.training.corpus import Corpus, draft_vocabulary
+from dspark_cli.training.corpus import Corpus, covered, draft_vocabulary
 from dspark_cli.training.documents import Document, append_documents, read_documents
 from dspark_cli.training.features import FeatureCache, TorchReader
 from dspark_cli.training.pipeline import spread_layers
@@ -219,10 +219,11 @@ def test_the_draft_vocabulary_is_the_frequent_tokens(tmp_path: Path, tiny_target
     cache = FeatureCache(tmp_path, target="t", layers=(1,), width=64)
     cache.append(TorchReader(load_gguf_model(tiny_target)), documents, lambda n: None)
     corpus = Corpus(cache, held_out=documents[0].held_out)
-    ids, coverage = draft_vocabulary(corpus, 2, 49152)
+    ids = draft_vocabulary(corpus, 2, 49152)
     assert ids.tolist() == [77, 88]
-    assert coverage == pytest.approx(7 / 8)
-    assert draft_vocabulary(corpus, 2, 49152, [3])[0].tolist() == [3, 77]
+    assert covered(corpus, ids) == pytest.approx(7 / 8)
+    assert draft_vocabulary(corpus, 2, 49152, [3]).tolist() == [3, 77]
+    assert covered(corpus, np.asarray([3])) == 0.0
 
 
 @pytest.mark.parametrize(
