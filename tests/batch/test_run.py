@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -210,12 +209,10 @@ def tiny(path: Path, count: int) -> Path:
     return path
 
 
-def test_ten_thousand_tiny_items_take_under_2_ms_each(tmp_path: Path) -> None:
-    """Here all of it is ours: the target is a table."""
+def test_ten_thousand_tiny_items_come_out_in_order(tmp_path: Path) -> None:
+    """What they cost beside the native passes is measured by tests/measure_overhead.py."""
     out = tmp_path / "out.jsonl"
-    began = time.perf_counter()
     run(job([tiny(tmp_path / "in.jsonl", 10_000)], out))
-    assert (time.perf_counter() - began) / 10_000 < 0.002
     assert [r["id"] for r in results(out)] == list(range(10_000))
 
 
