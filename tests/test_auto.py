@@ -12,7 +12,7 @@ from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.engine.auto import AutoSchedule, Belief
 from dspark_cli.engine.costs import CostModel
-from dspark_cli.engine.guard import Guard
+from dspark_cli.engine.guard import TRIAL_SHARE, Guard
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off, Outcome, Schedule
 from simulated import Clock, Machine, Quality, honest, steady
@@ -262,6 +262,28 @@ class TestGuard:
             guard.observe(1.0, 1.0, 1.5)
             lost += 1
         assert lost * 0.5 < 3.5
+
+    def test_another_text_halves_the_wait_once(self) -> None:
+        guard = Guard(first_wait=20)
+        guard.park(0.8, "expected")
+        guard.hasten()
+        guard.hasten()
+        waited = 0
+        while not guard.active:
+            guard.skipped()
+            waited += 1
+        assert waited == 10
+
+    def test_a_trial_that_watches_takes_a_bounded_share_of_the_time(self) -> None:
+        guard, spent, rounds = Guard(), 0.0, 0
+        while rounds < 20_000:
+            rounds += 1
+            if guard.active:
+                guard.observe(1.0, 1.0, 1.2, spent=0.2)
+                spent += 0.2
+            else:
+                guard.skipped()
+        assert spent / rounds < 1.2 * TRIAL_SHARE
 
     def test_skipping_while_active_changes_nothing(self) -> None:
         guard = Guard()

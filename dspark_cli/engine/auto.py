@@ -184,6 +184,10 @@ class AutoSchedule(Schedule):
 
     # -- whether to draft ----------------------------------------------------------------------------------------------
 
+    def begin(self, requests: int) -> None:
+        if requests == 1:
+            self.pass_guard.hasten()
+
     def limit(self, room: int, requests: int) -> int:
         self._room = room
         return max(0, room)

@@ -123,6 +123,8 @@ class Engine:
             rounds = [replace(item, parked=schedule.parked) for item in rounds]
         for (r, chunk), output in zip(chunks, outputs[len(decoding) :], strict=True):
             rounds += self._fill(r, chunk, output, prompt_ms * len(chunk) / prompt_tokens)
+            if r.decoding:
+                schedule.begin(sum(other.decoding for other in running))
         self._slots.join(target, self.drafter, running)
         return rounds
 

@@ -37,8 +37,8 @@ class Outcome:
 class Schedule(ABC):
     """A policy over R >= 1 sequences that share one verify pass.
 
-    Per round: `limit` and `block`, then `passes` where the drafter has a pass, `choose` once the drafts are there, `observe`
-    at the end.
+    `begin` for each request. Per round: `limit` and `block`, then `passes` where the drafter has a pass, `choose` and `watched`
+    once the drafts are there, `observe` at the end; `seen` when watched drafts have been judged.
     """
 
     name: str
@@ -49,6 +49,9 @@ class Schedule(ABC):
         An equal share, unless `choose` keeps to `room` itself.
         """
         return max(0, room // requests)
+
+    def begin(self, requests: int) -> None:  # noqa: B027
+        """A request begins to decode, one of `requests` that do."""
 
     @abstractmethod
     def block(self, limits: Sequence[int], depth: float) -> list[int]:
