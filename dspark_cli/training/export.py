@@ -97,11 +97,7 @@ def card(name: str, recipe: dict[str, Any], evaluation: dict[str, Any], curve: S
         "",
         f"Confidence: ECE of the cumulative product {evaluation['ece_before']:.3f}, after STS {evaluation['ece_after']:.3f} "
         "(fitted on one half of the prompts, judged on the other"
-        + (
-            ""
-            if evaluation["sts_used"]
-            else "; not used: a temperature alone does not mend it, the online recalibration does"
-        )
+        + ("" if evaluation["sts_used"] else "; not used: it was no better there")
         + ").",
         "",
         *_curve(curve),
