@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,12 +12,11 @@ import typer
 
 from dspark_cli.backends.errors import BadInput
 from dspark_cli.cli import options as o
+from dspark_cli.cli.lines import EVERY_S, NowAndThen
 
 if TYPE_CHECKING:
     from dspark_cli.batch.progress import Figures
     from dspark_cli.batch.runner import Job
-
-LINE_EVERY_S = 10.0  # between progress lines where there is no terminal
 
 
 def batch(
@@ -158,12 +156,10 @@ def _ticker(figures: Figures, quiet: bool) -> Callable[[], None]:
     if quiet:
         return lambda: None
     terminal = sys.stderr.isatty()
-    every, last = (0.2 if terminal else LINE_EVERY_S), [time.monotonic()]
+    lines = NowAndThen(0.2 if terminal else EVERY_S)
 
     def tick() -> None:
-        now = time.monotonic()
-        if now - last[0] >= every:
-            last[0] = now
+        if lines.due():
             line = figures.line()
             sys.stderr.write(f"\r\x1b[2K{line[: _columns() - 1]}" if terminal else f"{line}\n")
             sys.stderr.flush()

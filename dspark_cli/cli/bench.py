@@ -134,13 +134,17 @@ def _measure(opened: OpenOptions, files: list[Path], settings: Settings, results
 
     from dspark_cli.bench.local import Progress as Step
     from dspark_cli.bench.local import run_all
+    from dspark_cli.cli.lines import NowAndThen
 
+    console, lines = Console(stderr=True), NowAndThen()
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
 
         def show(step: Step) -> None:
             bar.update(task, total=step.total, completed=step.done, description=f"{step.format}, {step.what}")
+            if not console.is_terminal and lines.due():
+                typer.echo(f"{step.done} of {step.total}: {step.format}, {step.what}", err=True)
 
         try:
             run_all(opened, files, settings, results, show)

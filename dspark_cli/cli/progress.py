@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
 from types import TracebackType
 from typing import Any, Self
 
 import typer
 
+from dspark_cli.cli.lines import NowAndThen
 from dspark_cli.registry.plan import size
-
-#: seconds between lines where there is no terminal
-LINE_EVERY_S = 10.0
 
 
 def make_report() -> Bars | Lines:
@@ -21,24 +18,23 @@ def make_report() -> Bars | Lines:
 
 
 class Lines:
-    """A line when a file begins, every ten seconds, and when it ends."""
+    """A line when a file begins, now and then, and when it ends."""
 
     def expect(self, files: int, total: int, have: int) -> None:
         here = f", {size(have)} of it here" if have else ""
         self.say(f"{files} file{'' if files == 1 else 's'}, {size(total)}{here}")
 
     def __init__(self) -> None:
-        self._name, self._total, self._have, self._last = "", 0, 0, 0.0
+        self._name, self._total, self._have, self._lines = "", 0, 0, NowAndThen()
 
     def begin(self, name: str, total: int, have: int) -> None:
-        self._name, self._total, self._have, self._last = name, total, have, time.monotonic()
+        self._name, self._total, self._have, self._lines = name, total, have, NowAndThen()
         if have < total:
             self.say(f"{name}: {size(total)}" + (f", continuing at {size(have)}" if have else ""))
 
     def advance(self, name: str, n_bytes: int) -> None:
         self._have += n_bytes
-        if time.monotonic() - self._last > LINE_EVERY_S:
-            self._last = time.monotonic()
+        if self._lines.due():
             self.say(f"{name}: {size(self._have)} of {size(self._total)} ({self._have / max(1, self._total):.0%})")
 
     def end(self, name: str) -> None:

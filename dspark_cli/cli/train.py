@@ -14,6 +14,7 @@ import typer
 from dspark_cli.backends.errors import BadInput, NotReady
 from dspark_cli.cli import options as o
 from dspark_cli.cli.errors import INTERRUPTED
+from dspark_cli.cli.lines import NowAndThen
 
 if TYPE_CHECKING:
     from dspark_cli.training.pipeline import Recipe
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 KINDS = ("dspark", "dflash", "eagle3")
 HEADS = ("vanilla", "gated", "rnn")
 THROUGH = ("auto", "llamacpp", "torch")
-LINE_EVERY_S = 30.0
 
 
 def train(
@@ -174,13 +174,13 @@ class _Bars:
             console=Console(stderr=True),
             speed_estimate_period=300,
         )
-        self._stage, self._have, self._total, self._began, self._said = "", 0.0, 0.0, 0.0, 0.0
+        self._stage, self._have, self._total, self._began, self._lines = "", 0.0, 0.0, 0.0, NowAndThen()
         self._first = 0.0
         self._task: Any = None
 
     def begin(self, stage: str, total: float, have: float, note: str) -> None:
         self._stage, self._total, self._have, self._first = stage, total, have, have
-        self._began = self._said = time.monotonic()
+        self._began, self._lines = time.monotonic(), NowAndThen()
         if self._terminal:
             self._task = self._progress.add_task(stage, total=total, completed=int(have), note=note)
         else:
@@ -192,9 +192,9 @@ class _Bars:
             self._progress.advance(self._task, amount)
             if note:
                 self._progress.update(self._task, note=note)
-        elif time.monotonic() - self._said > LINE_EVERY_S:
-            self._said = time.monotonic()
-            left = (self._total - self._have) * (self._said - self._began) / max(1e-9, self._have - self._first)
+        elif self._lines.due():
+            took = time.monotonic() - self._began
+            left = (self._total - self._have) * took / max(1e-9, self._have - self._first)
             typer.echo(f"{self._stage}: {self._have / self._total:.0%}, {left / 60:.0f} min left; {note}", err=True)
 
     def end(self) -> None:
