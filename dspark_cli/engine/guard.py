@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-FADE = 0.97  # share of an account that lasts to the next round
+FADE = 0.985  # share of an account that lasts to the next round
 TRIAL_SHARE = 0.005  # of the time until the next trial that one which only watches may take
 
 
