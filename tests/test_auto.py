@@ -8,6 +8,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
+from dspark_cli.backends.base import EMPTY_DRAFT, Draft, DraftRequest
 from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.engine.auto import AutoSchedule, Belief
@@ -15,6 +16,7 @@ from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.guard import TRIAL_SHARE, Guard
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off, Outcome, Schedule
+from dspark_cli.engine.session import first_difference
 from simulated import Clock, Machine, Quality, honest, steady
 
 SEEDS = range(4)
@@ -118,23 +120,46 @@ def test_an_answer_that_ends_while_drafts_are_watched_does_not_stop_the_next_fro
     assert fmean(len(r.tokens) for r in rounds[-4:]) > 2
 
 
+def test_a_pass_that_drafts_nothing_does_not_end_drafting() -> None:
+    class Shy(CombinedDrafter):
+        def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
+            drafts = super().propose(requests)
+            return drafts if self.model.passes > 1 else [EMPTY_DRAFT for _ in drafts]  # type: ignore[attr-defined]
+
+    machine = Machine(steady(1.0, 0.9))
+    _, rounds = machine.run(auto(machine), 60, wrap=lambda drafter, clock: Shy(drafter, clock=clock))
+    assert fmean(len(r.tokens) for r in rounds[-4:]) > 2
+
+
 def test_what_was_watched_is_what_verifying_would_have_accepted() -> None:
-    """Outcomes told to the schedule, against the text that came."""
+    """Outcomes told to the schedule, against the text that came after each draft."""
     told: list[Outcome] = []
+    watched: list[bool] = []  # by round
 
     class Spy(AutoSchedule):
+        def watched(self) -> Sequence[int]:
+            watched.append(bool(super().watched()))
+            return super().watched()
+
         def seen(self, outcomes: Sequence[Outcome]) -> None:
             told.extend(outcomes)
             super().seen(outcomes)
 
-    machine = Machine(honest(0.2, 0.9), n_seq=3)
-    _, rounds = machine.run(Spy(machine.costs()), 200, requests=6)
-    drafts = sum(r.drafted > 0 and r.verified == 0 for r in rounds)
-    assert drafts > 10
-    assert 0 < len(told) <= drafts
-    assert all(o.kept <= o.judged <= o.kept + 1 and not o.verified for o in told)
-    rate = sum(o.kept for o in told) / sum(o.judged for o in told)
-    assert 0.45 < rate < 0.65, "the drafter is right with chance 0.2 to 0.9"
+    machine = Machine(honest(0.0, 0.8))
+    _, rounds = machine.run(Spy(machine.costs()), 1500)
+    rounds = [r for r in rounds if not r.is_prefill]
+    begins = [i for i, was in enumerate(watched) if was]
+    assert len(watched) == len(rounds)
+    assert len(begins) == len(told) > 15
+    assert len({o.kept for o in told}) > 2
+    for i, outcome in zip(begins, told, strict=True):
+        text = [t for r in rounds[i : i + len(outcome.draft)] for t in r.tokens]
+        right = first_difference(outcome.draft.tokens.tolist(), text[: len(outcome.draft)])
+        if outcome.judged > outcome.kept:
+            assert outcome.kept == right
+        else:  # all of it was right, or the answer ended first
+            assert outcome.kept == min(len(outcome.draft), len(text))
+            assert outcome.draft.tokens.tolist()[: outcome.kept] == text[: outcome.kept]
 
 
 def test_parked_rounds_do_not_draft_and_hand_features_over_in_bulk() -> None:

@@ -305,10 +305,12 @@ class AutoSchedule(Schedule):
         if not plan.passed or not self.pass_guard.probing or any(d.probs is not None for d in drafts):
             return
         self._watched = [i for i, d in enumerate(drafts) if len(d) and d.source not in OWN_HISTORY]
+        if not self._watched:  # the pass brought nothing: there is nothing to wait for
+            return
         survival = [a if i in self._watched else NOTHING for i, a in enumerate(plan.survival)]
         lengths = self._lengths(drafts, survival)
         # What a pass for all would have brought and cost, from the few that are watched.
-        scale = plan.shared / max(1, len(self._watched))
+        scale = plan.shared / len(self._watched)
         size = min(round(sum(lengths) * scale), len(plan.verify) - 1)
         extra = float(plan.verify[size] - plan.verify[0]) / plan.plain
         self._trial = _Trial(

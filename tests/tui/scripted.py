@@ -314,6 +314,14 @@ async def ask(pilot: Pilot[None], text: str) -> None:
     await ready(pilot)
 
 
+async def half_way(pilot: Pilot[None], target: ScriptedTarget, held: Held) -> None:
+    """Ask, and let the answer come for ten passes."""
+    await type_and_send(pilot, "go")
+    for _ in range(10):
+        held.passes.release()
+    await until(pilot, lambda: target.passes >= 10)
+
+
 async def type_and_send(pilot: Pilot[None], text: str) -> None:
     names = {" ": "space", "/": "slash", ":": "colon", ".": "full_stop", "-": "minus", "_": "underscore"}
     await press(pilot, *(names.get(c, c) for c in text), "enter")

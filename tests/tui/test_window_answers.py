@@ -13,6 +13,7 @@ from scripted import (
     ask,
     draw_every_round,
     drive,
+    half_way,
     press,
     prompt_of,
     ready,
@@ -96,10 +97,7 @@ def test_escape_stops_and_keeps_what_came() -> None:
     held = Held(target)
 
     async def test(pilot: Pilot[None]) -> None:
-        await type_and_send(pilot, "go")
-        for _ in range(10):
-            held.passes.release()
-        await until(pilot, lambda: target.passes >= 10)
+        await half_way(pilot, target, held)
         await press(pilot, "escape")
         held.go.set()
         await ready(pilot)
@@ -260,10 +258,7 @@ def test_ctrl_c_stops_and_twice_leaves() -> None:
     held = Held(target)
 
     async def test(pilot: Pilot[None]) -> None:
-        await type_and_send(pilot, "go")
-        for _ in range(10):
-            held.passes.release()
-        await until(pilot, lambda: target.passes >= 10)
+        await half_way(pilot, target, held)
         await press(pilot, "ctrl+c")
         held.go.set()
         await ready(pilot)
