@@ -288,6 +288,17 @@ class TestGuard:
             lost += 1
         assert lost * 0.5 < 3.5
 
+    def test_a_real_loss_after_a_cheap_trial_waits_as_any_other(self) -> None:
+        guard = Guard(first_wait=4, longest_wait=64)
+        while guard.probing:
+            guard.observe(2.0, 2.0, 1.0, spent=0.01)
+        for wait in (4, 8, 16):  # not bounded by what the trial cost
+            while guard.active:
+                guard.observe(1.0, 1.0, 1.5)
+            assert guard._left == wait
+            while not guard.active:
+                guard.skipped()
+
     def test_another_text_halves_the_wait_once(self) -> None:
         guard = Guard(first_wait=20)
         guard.park(0.8, "expected")
