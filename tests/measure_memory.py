@@ -25,7 +25,7 @@ def main(target: Path, ctx: int, drafter: Path | None) -> None:
     import jinja2.sandbox  # noqa: F401
 
     from dspark_cli.backends.llamacpp import native
-    from dspark_cli.engine.rounds import SamplingOptions
+    from dspark_cli.engine.rounds import Request, SamplingOptions
     from dspark_cli.engine.session import OpenOptions, Session
     from dspark_cli.registry.devices import this_machine
     from dspark_cli.registry.plan import PlanOptions
@@ -46,9 +46,9 @@ def main(target: Path, ctx: int, drafter: Path | None) -> None:
     options = OpenOptions(target, target.stem, drafter=word, policy="fixed:4", ctx=ctx)
     with Session.open(options) as session:
         n_vocab = session.target.info.n_vocab
-        prompt = [5 + i * 7919 % (n_vocab - 10) for i in range(min(ctx - 64, 1100))]
-        text = session.target.tokenizer.decode(prompt)
-        request = session.text_request(text[: 3 * len(prompt)], max_tokens=24, sampling=SamplingOptions())
+        # The context is filled: scores are written for as much of it as is used.
+        prompt = [5 + i * 7919 % (n_vocab - 10) for i in range(ctx - 64)]
+        request = Request(prompt, 24, SamplingOptions())
         for _ in session.run(request):
             pass
         grown = peak_rss() - before

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dspark_cli.backends.base import BadInput, ContextFull, DsparkError
 from dspark_cli.backends.llamacpp import native
+from dspark_cli.backends.llamacpp.attention import FLASH_ATTN, FLOAT_WEIGHTS, flash_word, ubatch_rows
 from dspark_cli.backends.llamacpp.model import Model, out_of_memory
 from dspark_cli.backends.llamacpp.native import Batch, lib
 from dspark_cli.backends.machine import usable_cores
@@ -22,13 +23,18 @@ KV_TYPES = {
     "q4_1": lib.GGML_TYPE_Q4_1,
     "q4_0": lib.GGML_TYPE_Q4_0,
 }
-FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
+FLASH_TYPES = {"auto": -1, "off": 0, "on": 1}
 DEFAULT_CTX = 4096
 
 
 @dataclass(frozen=True)
 class ContextOptions:
-    """How contexts are made. `ctx`: positions per sequence (None = what the model was trained on, at most 4096)."""
+    """How contexts are made.
+
+    ctx:        positions per sequence; None = what the model was trained on, at most 4096
+    flash_attn: auto, off or on; see `attention.flash_word`
+    ubatch:     rows computed at once; None = what suits the attention
+    """
 
     ctx: int | None = None
     n_seq: int = 1
@@ -36,7 +42,7 @@ class ContextOptions:
     gpu_layers: int = -1
     kv_type: str = "f16"
     flash_attn: str = "auto"
-    ubatch: int = 512
+    ubatch: int | None = None
 
     def __post_init__(self) -> None:
         if self.kv_type not in KV_TYPES:
@@ -46,6 +52,18 @@ class ContextOptions:
         for name, value in (("ctx", self.ctx), ("threads", self.threads), ("n_seq", self.n_seq)):
             if value is not None and value < 1:
                 raise BadInput(f"{name} must be at least 1, not {value}")
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.gpu_layers == 0 or not lib.llama_supports_gpu_offload()
+
+    def flash(self, *, quantized: bool) -> str:
+        """`flash_attn` as a context of such a model gets it."""
+        return flash_word(self.flash_attn, self.kv_type, self.on_cpu, self.n_seq, quantized=quantized)
+
+    def drafting(self) -> ContextOptions:
+        """The same for a drafter beside such a target: the last bits of a draft do not matter."""
+        return replace(self, flash_attn=self.flash(quantized=False))
 
 
 class Context:
@@ -64,12 +82,14 @@ class Context:
         # One cache for all sequences: forking a prefix is free, and a pass over several sequences is one ubatch.
         params.kv_unified = True
         params.n_ctx = n_ctx * options.n_seq
-        params.n_batch = max(options.ubatch, min(2048, params.n_ctx))
-        params.n_ubatch = min(options.ubatch, params.n_batch)
+        self.flash = options.flash(quantized=model.format not in FLOAT_WEIGHTS.values())
+        ubatch = options.ubatch or ubatch_rows(self.flash)
+        params.n_batch = max(ubatch, min(2048, params.n_ctx))
+        params.n_ubatch = min(ubatch, params.n_batch)
         params.n_seq_max = options.n_seq
         params.n_threads = params.n_threads_batch = self.threads
         params.type_k = params.type_v = KV_TYPES[options.kv_type]
-        params.flash_attn_type = FLASH_ATTN[options.flash_attn]
+        params.flash_attn_type = FLASH_TYPES[self.flash]
         params.swa_full = True  # rejected drafts are rewound: a sliding window that forgot its past could not be
         params.no_perf = True
         if other is not None:

@@ -59,7 +59,7 @@ class LlamaCppDrafter(Drafter):
                 raise refusal(facts.name, target.model.path.name, difference)
             self._read_metadata(facts)
             n_ctx = target.info.n_ctx + self.block_size + 1
-            self.context = Context(self.model, options, n_ctx=n_ctx, other=target.context.handle)
+            self.context = Context(self.model, options.drafting(), n_ctx=n_ctx, other=target.context.handle)
             native.export("llama_set_embeddings_nextn")(self.context.handle, True, True)
             lib.llama_set_causal_attn(self.context.handle, self.model.meta("dflash.attention.causal") == "true")
             self.feature_layers = native.layer_ids(self.model.handle)

@@ -47,13 +47,12 @@ class LlamaCppTarget(Target):
         self._layers: tuple[int, ...] = ()
         self._hidden = False
         self.max_rows = self.context.max_rows
-        gpu = bool(lib.llama_supports_gpu_offload()) and options.gpu_layers != 0
         self.info = TargetInfo(
             name=name or self.model.path.stem,
             path=str(self.model.path),
             backend="llamacpp",
             format=self.model.format,
-            device="gpu" if gpu else "cpu",
+            device="cpu" if options.on_cpu else "gpu",
             n_vocab=self.model.n_vocab,
             n_embd=self.model.n_embd,
             n_layer=self.model.n_layer,
@@ -62,7 +61,7 @@ class LlamaCppTarget(Target):
             details={
                 "threads": self.context.threads,
                 "kv_type": options.kv_type,
-                "flash_attn": options.flash_attn,
+                "flash_attn": self.context.flash,
                 "gpu_layers": options.gpu_layers,
             },
         )

@@ -186,6 +186,7 @@ def wish(
     ctx: int | None = None,
     kv_type: str = "f16",
     gpu_layers: int | None = None,
+    flash_attn: str = "auto",
 ) -> Wish:
     """What the memory plan and the choice of files must respect. Raises BadInput for words nobody knows."""
     from dspark_cli.registry.choose import DEVICE_KINDS, Wish
@@ -201,7 +202,7 @@ def wish(
         quant=known_quant(quant) if quant else None,
         backend=backend,
         drafter=drafter,
-        options=PlanOptions(ctx=ctx or None, kv_type=kv_type, gpu_layers=layers),
+        options=PlanOptions(ctx=ctx or None, kv_type=kv_type, gpu_layers=layers, flash_attn=flash_attn),
     )
 
 
@@ -254,6 +255,7 @@ def pair_wish(options: PairOptions) -> Wish:
         ctx=options.ctx,
         kv_type=options.kv_type,
         gpu_layers=options.gpu_layers,
+        flash_attn=options.flash_attn,
     )
 
 

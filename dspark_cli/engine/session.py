@@ -315,5 +315,5 @@ def _open_model_drafter(path: Path, options: OpenOptions, target: Target) -> Dra
             hint="--drafter lookup, or a small model of the same family",
         )
     # One position more than the target: the drafter continues past the anchor.
-    small = LlamaCppTarget(path, options.context())
+    small = LlamaCppTarget(path, options.context().drafting())
     return StandaloneDrafter(small, n_vocab=target.info.n_vocab)

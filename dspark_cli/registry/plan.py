@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from dspark_cli.backends.llamacpp.attention import flash_word, score_bytes, ubatch_rows
+
 GIB = 1024**3
 MIB = 1024**2
 #: bytes of one cached value by KV type (blocks of 32 values with their scales)
@@ -23,9 +25,10 @@ KV_BYTES = {
     "q4_0": 18 / 32,
 }
 DEFAULT_CTX = 4096
+#: what torch makes for itself at its first passes on a CPU (measured: 36 to 50 MB with models of 85 to 490 MB)
+TORCH_CPU = 42_000_000
 #: contexts tried, longest first, when none was asked for and the default does not fit
 SHORTER_CTX = (2048, 1024)
-UBATCH = 512
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class TargetSize:
     weights:   bytes of the weight files as loaded
     kv_values: cached values a token: sum over layers of key width + value width
     n_ff:      widest feed-forward layer (of one expert)
+    n_head:    query heads of a layer (the most of any)
+    quantized: the weights are not floats
     """
 
     weights: int
@@ -68,6 +73,8 @@ class TargetSize:
     kv_values: int
     n_ff: int = 0
     n_ctx_train: int = DEFAULT_CTX
+    n_head: int = 0
+    quantized: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class DrafterSize:
     n_ff: int = 0
     block_size: int = 8
     features: int = 0
+    n_head: int = 0
 
     @property
     def width(self) -> int:
@@ -96,17 +104,22 @@ class DrafterSize:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one loaded model. overhead: vocabulary and tensor tables, which lie in ordinary memory."""
+    """Bytes of one loaded model.
+
+    scores:   what attention writes out, scores or masks; like the KV it grows with the context
+    overhead: vocabulary and tensor tables, which lie in ordinary memory
+    """
 
     weights: int = 0
     kv: int = 0
+    scores: int = 0
     compute: int = 0
     features: int = 0
     overhead: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv + self.compute + self.features + self.overhead
+        return self.weights + self.kv + self.scores + self.compute + self.features + self.overhead
 
 
 @dataclass(frozen=True)
@@ -156,9 +169,9 @@ class MemoryPlan:
         )
         if self.device.kind == "cpu" or self.device.unified:
             short, free = self.total, self.device.usable
-        kv = self.target.kv + (self.drafter.kv if self.drafter else 0)
-        room = free - (short - kv)
-        ctx = int(self.ctx * room / kv) // 256 * 256 if kv else 0
+        growing = sum(need.kv + need.scores for need in (self.target, self.drafter) if need)
+        room = free - (short - growing)
+        ctx = int(self.ctx * room / growing) // 256 * 256 if growing else 0
         fewer = f"--ctx {ctx} fits" if ctx >= 256 else "a smaller quant or model: `dspark models --fits`"
         raise NotReady(
             f"{name} with {self.ctx} tokens of context needs {size(short)} on {self.device.name}, {size(free)} can be used",
@@ -217,7 +230,13 @@ class PlanOptions:
     n_seq: int = 1
     kv_type: str = "f16"
     gpu_layers: int | None = None
-    ubatch: int = UBATCH
+    flash_attn: str = "auto"
+
+    def flash(self, device: Device, backend: str, *, quantized: bool) -> str:
+        """The attention that is computed: auto, on, or off, which writes scores out."""
+        if backend != "llamacpp":
+            return "on"
+        return flash_word(self.flash_attn, self.kv_type, device.kind == "cpu", self.n_seq, quantized=quantized)
 
 
 def size(n_bytes: int) -> str:
@@ -229,8 +248,11 @@ def size(n_bytes: int) -> str:
 
 def kv_bytes(values: int, ctx: int, n_seq: int, kv_type: str) -> int:
     """Keys and values of `n_seq` sequences; libllama pads a context to a multiple of 256."""
-    tokens = -(-ctx * n_seq // 256) * 256
-    return int(values * tokens * KV_BYTES[kv_type])
+    return int(values * _cached(ctx, n_seq) * KV_BYTES[kv_type])
+
+
+def _cached(ctx: int, n_seq: int) -> int:
+    return -(-ctx * n_seq // 256) * 256
 
 
 def target_need(
@@ -245,26 +267,35 @@ def target_need(
     """What the target takes. features: values a token that a drafter reads (libllama keeps a batch, we one pass of them)."""
     # libllama computes in float32 whatever the weights are, torch in the dtype that it keeps keys and values in
     each = KV_BYTES[options.kv_type] if backend == "torch" else 4.0
+    flash = options.flash(device, backend, quantized=target.quantized)
+    rows = min(ubatch_rows(flash), ctx)
     return Need(
         weights=target.weights,
         kv=kv_bytes(target.kv_values, ctx, options.n_seq, options.kv_type),
-        compute=_compute(target.n_embd, target.n_ff, target.n_vocab, device, min(options.ubatch, ctx), width, each),
-        features=4 * features * (_batch(options, ctx) + min(options.ubatch, ctx)),
-        overhead=_overhead(target.n_vocab),
+        scores=_scores(target.n_head, _cached(ctx, options.n_seq), rows, flash, backend),
+        compute=_compute(target.n_embd, target.n_ff, target.n_vocab, device, rows, width, each),
+        features=4 * features * (_batch(options, ctx, rows) + rows),
+        overhead=_overhead(target.n_vocab) + (TORCH_CPU if backend == "torch" and device.kind == "cpu" else 0),
     )
 
 
-def drafter_need(drafter: DrafterSize, device: Device, ctx: int, options: PlanOptions) -> Need:
+def drafter_need(
+    drafter: DrafterSize, device: Device, ctx: int, options: PlanOptions, backend: str = "llamacpp"
+) -> Need:
     """What the drafter takes beside the target."""
     if not drafter.weights:
         return Need()
-    rows = min(options.ubatch, ctx)
+    flash = options.flash(device, backend, quantized=False)
+    rows = min(ubatch_rows(flash), ctx)
+    cached = ctx + drafter.width
+    # the features as they are handed over, libllama's copy of them, and its "nextn" rows for a whole batch
+    handed = 4 * (2 * rows * drafter.features + _batch(options, ctx, rows) * drafter.n_embd)
     return Need(
         weights=drafter.weights,
-        kv=kv_bytes(drafter.kv_values, ctx + drafter.width, options.n_seq, options.kv_type),
+        kv=kv_bytes(drafter.kv_values, cached, options.n_seq, options.kv_type),
+        scores=_scores(drafter.n_head, _cached(cached, options.n_seq), rows, flash, backend),
         compute=_compute(drafter.n_embd, drafter.n_ff, drafter.n_vocab, device, rows, drafter.width),
-        # the features as they are handed over, libllama's copy of them, and its "nextn" rows for a whole batch
-        features=4 * (2 * rows * drafter.features + _batch(options, ctx) * drafter.n_embd) if drafter.features else 0,
+        features=handed if drafter.features else 0,
         overhead=_overhead(drafter.n_vocab),
     )
 
@@ -277,9 +308,15 @@ def _compute(n_embd: int, n_ff: int, n_vocab: int, device: Device, rows: int, wi
     return activations + logits
 
 
-def _batch(options: PlanOptions, ctx: int) -> int:
+def _scores(n_head: int, cached: int, rows: int, flash: str, backend: str) -> int:
+    if backend == "torch":
+        return 16 * rows * cached  # masks of grouped heads, as bool and as numbers (measured: 8 kB a token, 512 rows)
+    return score_bytes(n_head, cached, rows) if flash == "off" else 0
+
+
+def _batch(options: PlanOptions, ctx: int, rows: int) -> int:
     """Rows of the buffers that libllama makes for a whole batch (Context: at most 2048)."""
-    return max(options.ubatch, min(2048, ctx * options.n_seq))
+    return max(rows, min(2048, ctx * options.n_seq))
 
 
 def _overhead(n_vocab: int) -> int:
@@ -331,7 +368,7 @@ def _plan_at(
     width = drafter.width if drafter else 1
     features = drafter.features if drafter else 0
     need = target_need(target, device, ctx, options, width * options.n_seq, features, backend)
-    theirs = drafter_need(drafter, device, ctx, options) if drafter else None
+    theirs = drafter_need(drafter, device, ctx, options, backend) if drafter else None
     on_cpu = device.kind == "cpu"
     everything = need.total + (theirs.total if theirs else 0)
     host = need.overhead + (theirs.overhead if theirs else 0)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, field_validator, model_validator
 
+from dspark_cli.backends.llamacpp.attention import FLOAT_WEIGHTS
 from dspark_cli.registry.plan import DrafterSize, TargetSize
 from dspark_cli.registry.quants import BITS, FULL_PRECISION, weight_bytes
 
@@ -195,6 +196,8 @@ class Entry(_Table):
             kv_values=2 * layers * width,
             n_ff=self.n_ff or 4 * n_embd,
             n_ctx_train=self.context or 32768,
+            n_head=n_embd // (self.head_dim or 128),
+            quantized=quant not in FLOAT_WEIGHTS.values(),
         )
 
     @property
@@ -229,6 +232,7 @@ class Entry(_Table):
             n_ff=4864 if small else target.n_ff,
             block_size=drafter.block_size or 8,
             features=0 if small else (3 if drafter.kind == "eagle3" else 5) * target.n_embd,
+            n_head=target.n_head,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dspark_cli.backends.errors import DsparkError
 from dspark_cli.backends.gguf_file import check_file
+from dspark_cli.backends.llamacpp.attention import FLOAT_WEIGHTS
 from dspark_cli.registry.plan import DrafterSize, TargetSize
 from dspark_cli.registry.quants import parts_of
 
@@ -43,7 +44,14 @@ def drafter_size(path: Path, target: TargetSize) -> DrafterSize:
     if header.architecture != "dflash":
         small = _gguf_size(path)
         return DrafterSize(
-            "small", small.weights, small.n_layer, small.n_embd, small.n_vocab, small.kv_values, small.n_ff
+            "small",
+            weights=small.weights,
+            n_layer=small.n_layer,
+            n_embd=small.n_embd,
+            n_vocab=small.n_vocab,
+            kv_values=small.kv_values,
+            n_ff=small.n_ff,
+            n_head=small.n_head,
         )
     own = _gguf_size(path)
     markov = "markov_w1.weight" in header.tensors
@@ -58,6 +66,7 @@ def drafter_size(path: Path, target: TargetSize) -> DrafterSize:
         n_ff=own.n_ff,
         block_size=int(header.of_model("block_size", 16)),
         features=len(layers) * target.n_embd,
+        n_head=own.n_head,
     )
 
 
@@ -81,6 +90,8 @@ def _gguf_size(path: Path) -> TargetSize:
         kv_values=sum(kv_heads) * (int(key) + int(value)),
         n_ff=max(_per_layer(header.of_model("feed_forward_length"), layers, 4 * n_embd)),
         n_ctx_train=int(header.of_model("context_length") or 4096),
+        n_head=max(heads),
+        quantized=header.metadata.get("general.file_type") not in FLOAT_WEIGHTS,
     )
 
 
@@ -121,6 +132,8 @@ def _checkpoint_size(folder: Path) -> TargetSize:
         kv_values=2 * layers * int(raw.get("num_key_value_heads") or heads) * head_dim,
         n_ff=int(raw.get("intermediate_size") or 4 * n_embd),
         n_ctx_train=int(raw.get("max_position_embeddings") or 4096),
+        n_head=heads,
+        quantized=False,
     )
 
 
