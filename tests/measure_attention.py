@@ -1,27 +1,33 @@
-"""What passes cost with flash attention and without it, by the tokens of the pass and the depth of the context.
+"""What passes cost with flash attention and without it, and whether logits depend on the width of a pass.
 
     python tests/measure_attention.py --format Q8_0
 
-Prints medians in ms, the variants in turn, and the speed of a prompt of 1,024 tokens. Not part of the test suite.
+Prints medians in ms by the tokens of the pass and the depth of the context, the variants in turn; the speed of a prompt of
+1,024 tokens; and of a greedy answer of 400 tokens, how far the logits of passes of 5 tokens lie from those of passes of one,
+and how many of its tokens they would change. The drafter's pass is timed too. Not part of the test suite.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from tempfile import gettempdir
 
 import numpy as np
 
-from dspark_cli.backends.base import Row
+from dspark_cli.backends.base import DraftRequest, Row
 from dspark_cli.backends.llamacpp.context import ContextOptions
+from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.bench.formats import requantize
 from dspark_cli.registry import resolve
 
 DEPTHS, WIDTHS = (32, 150, 700), (1, 2, 3, 4, 5)
+FLASH = ("on", "off")
+STORY = "Write a short story about a lighthouse keeper who finds a map."
 
 
 def pass_ms(target: LlamaCppTarget, ids: list[int], depth: int) -> float:
@@ -32,36 +38,90 @@ def pass_ms(target: LlamaCppTarget, ids: list[int], depth: int) -> float:
     return took * 1e3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--format", default="Q8_0", help="requantize the target to this first (default Q8_0)")
-    parser.add_argument("--repeats", type=int, default=4)
-    options = parser.parse_args()
-    path = requantize(resolve("smollm2-135m").path, options.format, Path(gettempdir()) / "dspark-formats")
-    ids = np.random.default_rng(0).integers(100, 40_000, 1024).tolist()
-    targets = {flash: LlamaCppTarget(path, ContextOptions(ctx=2048, flash_attn=flash)) for flash in ("on", "off")}
+def verify_costs(targets: dict[str, LlamaCppTarget], ids: list[int], repeats: int) -> None:
     for depth in DEPTHS:
         found: dict[tuple[str, int], list[float]] = {}
         for target in targets.values():
             target.drop(0)
             target.step([Row(0, ids[:depth], n_logits=1)])
-        for _ in range(options.repeats):
+        for _ in range(repeats):
             for flash, target in targets.items():
                 for width in WIDTHS:
                     times = [pass_ms(target, ids[7 : 7 + width], depth) for _ in range(6)]
                     found.setdefault((flash, width), []).extend(times[1:])
         for flash in targets:
             figures = " ".join(f"{median(found[flash, width]):6.1f}" for width in WIDTHS)
-            print(
-                f"depth {depth:4}, flash attention {flash:3}: {figures} ms for {WIDTHS[0]}-{WIDTHS[-1]} tokens",
-                flush=True,
-            )
+            print(f"depth {depth:4}, flash {flash:3}: {figures} ms for {WIDTHS[0]}-{WIDTHS[-1]} tokens", flush=True)
+
+
+def draft_costs(target: LlamaCppTarget, drafter: Path, ids: list[int], repeats: int) -> None:
+    drafters = {flash: LlamaCppDrafter(drafter, target, ContextOptions(ctx=2048, flash_attn=flash)) for flash in FLASH}
+    target.request_features(drafters["on"].feature_layers)
+    target.drop(0)
+    done = 0
+    for depth in DEPTHS:
+        new = ids[done:depth]
+        features = target.step([Row(0, new, 0)])[0].features
+        assert features is not None
+        for drafter_ in drafters.values():
+            drafter_.observe(0, new, features.copy())
+        request = DraftRequest(0, ids[depth], drafters["on"].block_size)
+        found: dict[str, list[float]] = {}
+        for _ in range(6 * repeats):
+            for flash, drafter_ in drafters.items():
+                began = time.perf_counter()
+                drafter_.propose([request])
+                found.setdefault(flash, []).append((time.perf_counter() - began) * 1e3)
+        figures = ", ".join(f"{flash} {median(times):.1f}" for flash, times in found.items())
+        print(f"depth {depth:4}, a draft pass in ms, flash {figures}", flush=True)
+        done = depth
+    target.request_features(())
+    for drafter_ in drafters.values():
+        drafter_.close()
+
+
+def answer(target: LlamaCppTarget, prompt: list[int], n_tokens: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Greedy tokens and the logits they were read from."""
+    target.drop(0)
+    logits = target.step([Row(0, prompt, 1)])[0].logits[-1].copy()
+    for _ in range(n_tokens):
+        token = int(logits.argmax())
+        yield token, logits
+        logits = target.step([Row(0, [token])])[0].logits[0].copy()
+
+
+def widths_apart(flash: str, target: LlamaCppTarget) -> None:
+    prompt = target.tokenizer.encode(target.render_chat([{"role": "user", "content": STORY}]), special=True)
+    tokens, alone = zip(*answer(target, prompt, 400), strict=True)
+    target.rewind(0, len(prompt))
+    wide = [alone[0][None]]
+    for begin in range(0, len(tokens) - 1, 5):
+        wide.append(target.step([Row(0, list(tokens[begin : min(begin + 5, len(tokens) - 1)]))])[0].logits.copy())
+    others = np.concatenate(wide)
+    apart = np.sqrt(np.mean((others - np.array(alone)) ** 2))
+    changed = int((others.argmax(1) != np.array(tokens)).sum())
+    print(f"flash {flash:3}: passes of 5 lie {apart:.4f} logits from passes of 1 (rms); {changed} of 400 tokens change")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", default="Q8_0", help="requantize the target to this first (default Q8_0)")
+    parser.add_argument("--repeats", type=int, default=4)
+    options = parser.parse_args()
+    pair = resolve("smollm2-135m")
+    path = requantize(pair.path, options.format, Path(gettempdir()) / "dspark-formats")
+    ids = np.random.default_rng(0).integers(100, 40_000, 1024).tolist()
+    targets = {flash: LlamaCppTarget(path, ContextOptions(ctx=2048, flash_attn=flash)) for flash in FLASH}
+    verify_costs(targets, ids, options.repeats)
+    if pair.drafter_path:
+        draft_costs(targets["on"], pair.drafter_path, ids, options.repeats)
     for flash, target in targets.items():
         target.drop(0)
         began = time.perf_counter()
         for begin in range(0, 1024, 512):
             target.step([Row(0, ids[begin : begin + 512], n_logits=1)])
-        print(f"flash attention {flash:3}: {1024 / (time.perf_counter() - began):.0f} tok/s of a prompt of 1024 tokens")
+        print(f"flash {flash:3}: {1024 / (time.perf_counter() - began):.0f} tok/s of a prompt of 1024 tokens")
+        widths_apart(flash, target)
         target.close()
 
 

@@ -25,7 +25,7 @@ from dspark_cli.backends.torch.drafter import make_drafter
 from dspark_cli.backends.torch.speed import fastest_dtype
 from dspark_cli.bench.arms import Arm, answer
 from dspark_cli.bench.formats import requantize
-from dspark_cli.bench.plots import lines
+from dspark_cli.bench.plots import lines, standalone
 from dspark_cli.engine.rounds import Request, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off
 from dspark_cli.engine.stats import Stats
@@ -153,11 +153,7 @@ def _spread(values: Sequence[float]) -> str:
 def plot(found: dict[str, Any]) -> str:
     """Expected tau (teacher forced, held-out texts) against minutes of training."""
     curves = {n: [(60 * p["hours"], p["expected_tau"]) for p in c] for n, c in found["curves"].items()}
-    svg = lines("Held-out expected tau by minutes of training", curves, "minutes", "tau")
-    style = "<style>.title{font:bold 13px sans-serif}.label,.tick{font:11px sans-serif}.grid{stroke:#ddd}</style>"
-    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
-        'role="img">', f'role="img">{style}', 1
-    )
+    return standalone(lines("Held-out expected tau by minutes of training", curves, "minutes", "tau", bottom=1.0))
 
 
 def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:

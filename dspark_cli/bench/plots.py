@@ -7,6 +7,7 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 26, 40
+CHARACTER = 6.5  # pixels of a letter, about
 COLOURS = ("#3366aa", "#cc6633", "#339966", "#993388", "#888822", "#557788", "#aa3344", "#666666")
 
 Points = Sequence[tuple[float, float]]
@@ -64,12 +65,15 @@ class Axes:
         )
 
     def legend(self, names: Sequence[str]) -> None:
-        for i, name in enumerate(names):
-            x, y = WIDTH - RIGHT - 130, TOP + 6 + 15 * i
+        """Names on the line of the title, right-aligned: beside the plot, so that they hide none of it."""
+        x = float(WIDTH - RIGHT)
+        for i, name in reversed(list(enumerate(names))):
+            x -= 15 + CHARACTER * len(name)
             self._parts.append(
-                f'<rect x="{x}" y="{y}" width="10" height="10" fill="{colour_of(i)}"/>'
-                f'<text x="{x + 15}" y="{y + 9}" class="tick">{escape(name)}</text>'
+                f'<rect x="{x:.0f}" y="7" width="10" height="10" fill="{colour_of(i)}"/>'
+                f'<text x="{x + 14:.0f}" y="16" class="tick">{escape(name)}</text>'
             )
+            x -= 8
 
     def svg(self) -> str:
         return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(self._parts)}</svg>'
@@ -96,14 +100,21 @@ def bars(title: str, values: Mapping[str, float], y_label: str) -> str:
     return axes.svg()
 
 
-def lines(title: str, curves: Mapping[str, Points], x_label: str, y_label: str, *, top: float | None = None) -> str:
-    """One line a name."""
-    points = [p for curve in curves.values() for p in curve] or [(0.0, 0.0)]
-    right = max(a for a, _ in points)
-    axes = Axes(
-        title, (min(a for a, _ in points), right), (0.0, top or 1.08 * max(b for _, b in points)), x_label, y_label
-    )
-    for tick in range(int(min(a for a, _ in points)), int(right) + 1):
+def lines(
+    title: str,
+    curves: Mapping[str, Points],
+    x_label: str,
+    y_label: str,
+    *,
+    bottom: float = 0.0,
+    top: float | None = None,
+) -> str:
+    """One line a name. `bottom`: the lowest value that there can be."""
+    points = [p for curve in curves.values() for p in curve] or [(0.0, bottom)]
+    left, right = min(a for a, _ in points), max(a for a, _ in points)
+    highest = max(b for _, b in points)
+    axes = Axes(title, (left, right), (bottom, top or highest + 0.08 * (highest - bottom)), x_label, y_label)
+    for tick in range(int(left), int(right) + 1):
         axes.x_tick(tick, str(tick))
     for i, curve in enumerate(curves.values()):
         axes.line(curve, colour_of(i))
@@ -111,3 +122,11 @@ def lines(title: str, curves: Mapping[str, Points], x_label: str, y_label: str, 
             axes.dot(point, colour_of(i), 2.5, f"{point[1]:.3g}")
     axes.legend(list(curves))
     return axes.svg()
+
+
+def standalone(svg: str) -> str:
+    """A plot as a file of its own: reports bring the style along, files have to carry it."""
+    style = "<style>.title{font:bold 13px sans-serif}.label,.tick{font:11px sans-serif}.grid{stroke:#ddd}</style>"
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
+        'role="img">', f'role="img">{style}', 1
+    )

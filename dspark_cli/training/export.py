@@ -11,6 +11,7 @@ from typing import Any
 from dspark_cli.backends.errors import DsparkError
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
+from dspark_cli.bench.plots import lines, standalone
 from dspark_cli.engine.beliefs import CalibrationFile, sha256_of, shipped_path
 
 
@@ -43,7 +44,7 @@ CURVE_ROWS = 12  # of a card
 def write_companions(
     drafter: Path, kind: str, recipe: dict[str, Any], evaluation: dict[str, Any], curve: Sequence[dict[str, Any]] = ()
 ) -> Exported:
-    """Recipe, calibration and card beside `drafter`; `curve`: held-out acceptance along the training (`curve.jsonl`).
+    """Recipe, calibration, card and plot beside `drafter`; `curve`: held-out acceptance along the training (`curve.jsonl`).
 
     Raises DsparkError when the disk refuses.
     """
@@ -63,6 +64,8 @@ def write_companions(
         drafter.with_name(drafter.name + ".md").write_text(
             card(drafter.name, recipe, evaluation, curve), encoding="utf-8"
         )
+        if curve:
+            drafter.with_name(drafter.name + ".svg").write_text(plot(curve), encoding="utf-8")
     except OSError as error:
         raise DsparkError(f"{drafter.parent} cannot be written: {error.strerror}") from None
     return Exported(drafter, recipe_path, calibration)
@@ -71,7 +74,7 @@ def write_companions(
 def card(name: str, recipe: dict[str, Any], evaluation: dict[str, Any], curve: Sequence[dict[str, Any]] = ()) -> str:
     """The model card, Markdown."""
     shape = recipe["shape"]
-    lines = [
+    text = [
         f"# {name}",
         "",
         f"A {shape['kind']} drafter for `{recipe['target']}`, made by:",
@@ -90,10 +93,10 @@ def card(name: str, recipe: dict[str, Any], evaluation: dict[str, Any], curve: S
     ]
     for row in evaluation["rows"]:
         survival = " ".join(f"{s:.2f}" for s in row["survival"])
-        lines.append(
+        text.append(
             f"| {row['prompts']} | {row['temperature']:g} | {row['accepted_length']:.2f} | {survival} | {row['rounds']} |"
         )
-    lines += [
+    text += [
         "",
         f"Confidence: ECE of the cumulative product {evaluation['ece_before']:.3f}, after STS {evaluation['ece_after']:.3f} "
         "(fitted on one half of the prompts, judged on the other"
@@ -102,7 +105,13 @@ def card(name: str, recipe: dict[str, Any], evaluation: dict[str, Any], curve: S
         "",
         *_curve(curve),
     ]
-    return "\n".join(lines)
+    return "\n".join(text)
+
+
+def plot(curve: Sequence[dict[str, Any]]) -> str:
+    """Tau (teacher forced, held-out documents) by hours of training, an SVG file."""
+    points = {"temperature 1": [(p["hours"], p["expected_tau"]) for p in curve]}
+    return standalone(lines("Held-out expected tau by hours of training", points, "hours", "tau", bottom=1.0))
 
 
 def _curve(points: Sequence[dict[str, Any]]) -> list[str]:
@@ -110,7 +119,7 @@ def _curve(points: Sequence[dict[str, Any]]) -> list[str]:
     if not points:
         return []
     some = sorted({round(i * (len(points) - 1) / (CURVE_ROWS - 1)) for i in range(CURVE_ROWS)})
-    lines = [
+    text = [
         "Along the training (held-out documents; 1 - TV of each position, given the true tokens before it, and the tau that "
         "it implies at temperature 1):",
         "",
@@ -119,5 +128,5 @@ def _curve(points: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for point in (points[i] for i in some):
         rates = " ".join(f"{r:.2f}" for r in point["acceptance"])
-        lines.append(f"| {point['hours']:.2f} | {point['positions']:,} | {rates} | {point['expected_tau']:.2f} |")
-    return [*lines, ""]
+        text.append(f"| {point['hours']:.2f} | {point['positions']:,} | {rates} | {point['expected_tau']:.2f} |")
+    return [*text, ""]

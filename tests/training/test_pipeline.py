@@ -76,6 +76,7 @@ def test_it_learns_and_leaves_everything_a_drafter_needs(trained: Path, tiny_tar
     assert len(calibration["survival"]) == 3
     evaluation = json.loads((trained / "evaluation.json").read_text())
     assert {row["prompts"] for row in evaluation["rows"]} > {"question", "code", "all"}
+    assert "</svg>" in (trained / "d.gguf.svg").read_text()
     card = (trained / "d.gguf.md").read_text()
     assert "| all | 0 |" in card
     assert f"| {curve[-1]['expected_tau']:.2f} |" in card
