@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import tiny_gguf
-from dspark_cli.backends.base import Row
 from dspark_cli.backends.llamacpp.attention import FEW_SEQUENCES, UBATCH, UBATCH_SCORES, flash_word, score_bytes
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
+from dspark_cli.engine.widths import widths_apart
 from dspark_cli.registry.plan import GIB, Device, PlanOptions, make_plan
 from dspark_cli.registry.sizes import target_size
 
@@ -71,12 +70,6 @@ def test_a_quantized_target_hardly_depends_on_the_width_of_its_passes(embedded_g
 
     def apart(options: ContextOptions) -> float:
         with LlamaCppTarget(embedded_gguf, options) as target:
-            ids = target.tokenizer.encode("The quick brown fox jumps over the lazy dog and runs into the forest. " * 3)
-            alone = np.concatenate([target.step([Row(0, [token])])[0].logits.copy() for token in ids])
-            target.drop(0)
-            wide = np.concatenate(
-                [target.step([Row(0, ids[i : i + 5])])[0].logits.copy() for i in range(0, len(ids), 5)]
-            )
-        return float(np.sqrt(np.mean((alone - wide) ** 2)))
+            return widths_apart(target, [5])[5]
 
     assert apart(OPTIONS) <= apart(replace(OPTIONS, flash_attn="off")) / 4

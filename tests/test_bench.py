@@ -289,6 +289,7 @@ class TestCalibrateCommand:
         assert found["confidence"]["source"] == "lookup"
         assert found["written"] is None
         assert found["costs"]["verify_ms"]["1"] > 0
+        assert found["logits_apart"]["1"] == 0.0
         lengths = [row["verify"] for row in found["schedule"]]
         assert lengths == sorted(lengths, reverse=True)  # from the surest pattern to the least sure
         assert all(row["speed"] >= 1.0 for row in found["schedule"])
@@ -301,6 +302,7 @@ class TestCalibrateCommand:
         assert done.exit_code == 0, done.output
         assert "wrote" in done.output
         assert "ECE" in done.output
+        assert "0, every bit" in done.output
         notices = list[str]()
         belief = load_beliefs(drafter, notices.append)["dspark"]
         assert notices == []

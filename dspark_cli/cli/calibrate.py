@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from dspark_cli.engine.session import Session
 
 
+WIDEST = 16  # tokens of a pass whose logits are compared: more are hardly ever verified
+
+
 def calibrate(
     model: o.Model,
     rounds: Annotated[int, typer.Option(min=20, help="Rounds to record for the confidence.")] = 800,
@@ -51,6 +54,8 @@ def calibrate(
         costs = session.costs
         halves = _record(session, rounds, tokens, temperature)
         found = _findings(session, costs, halves)
+        apart = session.widths_apart([n for n in costs.verify.known if n <= WIDEST])
+        found["logits_apart"] = {n: round(rms, 6) for n, rms in apart.items()}
         found["costs"]["draft_ms_by"] = None if runners is None else {k: round(v, 3) for k, v in runners.items()}
         file = opened.drafter_file if session.drafter is not None and session.drafter.has_pass else None
         found["written"] = _save(file, halves, found["_sts"])
@@ -129,10 +134,16 @@ def print_findings(found: dict[str, Any]) -> None:
     console = Console()
     costs, confidence = found["costs"], found["confidence"]
     plain = costs["verify_ms"].get(1, costs["plain_ms"])
-    table = Table("tokens", "ms", "x one token", title="verify pass", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="verify pass", title_justify="left", box=None, pad_edge=False)
+    for name in ("tokens", "ms", "x one token", "logits off by"):
+        table.add_column(name, no_wrap=True)
     for n, ms in costs["verify_ms"].items():
-        table.add_row(str(n), f"{ms:.1f}", f"{ms / plain:.2f}")
+        apart = found["logits_apart"].get(n)
+        off = "" if apart is None else "0, every bit" if apart == 0 else f"{apart:.2g}"
+        table.add_row(str(n), f"{ms:.1f}", f"{ms / plain:.2f}", off)
     console.print(table)
+    if any(found["logits_apart"].values()):
+        console.print("(from a pass of one token, RMS: words whose logits lie that near may swap)", highlight=False)
     kept = "kept" if costs["kept"] else "not kept: the machine is busy"
     by = costs["draft_ms_by"]
     runners = "" if by is None else " (" + ", ".join(f"{name} {ms:.2f}" for name, ms in by.items()) + ")"

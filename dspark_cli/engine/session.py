@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,6 +26,7 @@ from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.runners import open_block_drafter
 from dspark_cli.engine.schedule import Off, Schedule, parse_policy
 from dspark_cli.engine.stats import ids_sha256
+from dspark_cli.engine.widths import widths_apart
 from dspark_cli.engine.words import DEFAULT_POLICY, DRAFTER_WORDS
 
 #: Two logits closer than this may swap between a pass of one row and a pass of many (other kernels, other rounding).
@@ -217,6 +218,11 @@ class Session:
         engine.schedule = Off() if plain else self.schedule
         engine.margins = margins
         return engine.run(requests, isolate=isolate)
+
+    def widths_apart(self, widths: Sequence[int]) -> dict[int, float]:
+        """See `widths.widths_apart`; the next answer computes its whole prompt again."""
+        self._engine.forget()
+        return widths_apart(self.target, widths)
 
     def check(self, request: Request) -> CheckReport:
         """Decode `request` twice, with and without drafting, and compare token by token."""
