@@ -289,7 +289,7 @@ class TestCalibrateCommand:
         assert found["confidence"]["source"] == "lookup"
         assert found["written"] is None
         assert found["costs"]["verify_ms"]["1"] > 0
-        assert found["logits_apart"]["1"] == 0.0
+        assert {by["1"] for by in found["logits_apart"].values()} == {0.0}
         lengths = [row["verify"] for row in found["schedule"]]
         assert lengths == sorted(lengths, reverse=True)  # from the surest pattern to the least sure
         assert all(row["speed"] >= 1.0 for row in found["schedule"])
@@ -302,7 +302,7 @@ class TestCalibrateCommand:
         assert done.exit_code == 0, done.output
         assert "wrote" in done.output
         assert "ECE" in done.output
-        assert "0, every bit" in done.output
+        assert "off by, 48 tokens in" in done.output
         notices = list[str]()
         belief = load_beliefs(drafter, notices.append)["dspark"]
         assert notices == []

@@ -26,10 +26,11 @@ class Off(LlamaCppTarget):
 
 
 @pytest.mark.parametrize(("target", "expected"), [(LlamaCppTarget, 0.0), (Off, 0.5)])
-def test_widths_apart(tmp_path: Path, target: type[LlamaCppTarget], expected: float) -> None:
+@pytest.mark.parametrize("depth", [48, 200])
+def test_widths_apart(tmp_path: Path, target: type[LlamaCppTarget], expected: float, depth: int) -> None:
     path = tiny_gguf.write_tiny_target(tmp_path / "tiny.F32.gguf")
-    with target(path, ContextOptions(ctx=512, kv_type="f32")) as opened:
-        apart = widths_apart(opened, [1, 3, 4, 7])
+    with target(path, ContextOptions(ctx=256, kv_type="f32")) as opened:
+        apart = widths_apart(opened, [1, 3, 4, 7], depth)
         assert opened.length(0) == 0
     assert apart[1] == 0.0
     assert apart[3] == pytest.approx(0.0, abs=1e-3)

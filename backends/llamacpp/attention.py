@@ -18,10 +18,10 @@ def flash_word(word: str, kv_type: str, on_cpu: bool, n_seq: int, *, quantized: 
     """`auto` decided where it could be measured (docs/bench.md); a GPU's attention is left to libllama.
 
     On a CPU libllama's flash attention costs a token of a verify pass nearly as much as a pass of its own from a few
-    hundred tokens of context on. But it gives the same bits whatever the width of the pass, and so does a matrix product
-    of quantized weights: with it a quantized target says exactly what it says when it decodes alone. Without it the last
-    bits differ, quantizing the activations makes that 0.2 logits, and 3 % of the tokens are near-ties. Float weights
-    differ in the last bits anyway, and by as little without flash.
+    hundred tokens of context on. But on one thread, or up to 256 tokens of context, it gives the same bits whatever the
+    width of the pass, and so do matrix products of most quantized weights: there a target says exactly what it says when
+    it decodes alone. Without flash it never does: last bits differ, quantizing the activations makes that 0.2 logits, and
+    3 % of the tokens are near-ties. Float weights differ in the last bits anyway, and by as little without flash.
 
     quantized: the weights are, and the answer must not depend on it: a target. A drafter's answers may.
     """

@@ -55,7 +55,7 @@ def calibrate(
         halves = _record(session, rounds, tokens, temperature)
         found = _findings(session, costs, halves)
         apart = session.widths_apart([n for n in costs.verify.known if n <= WIDEST])
-        found["logits_apart"] = {n: round(rms, 6) for n, rms in apart.items()}
+        found["logits_apart"] = {d: {n: round(rms, 6) for n, rms in by.items()} for d, by in apart.items()}
         found["costs"]["draft_ms_by"] = None if runners is None else {k: round(v, 3) for k, v in runners.items()}
         file = opened.drafter_file if session.drafter is not None and session.drafter.has_pass else None
         found["written"] = _save(file, halves, found["_sts"])
@@ -134,16 +134,15 @@ def print_findings(found: dict[str, Any]) -> None:
     console = Console()
     costs, confidence = found["costs"], found["confidence"]
     plain = costs["verify_ms"].get(1, costs["plain_ms"])
+    apart = found["logits_apart"]
     table = Table(title="verify pass", title_justify="left", box=None, pad_edge=False)
-    for name in ("tokens", "ms", "x one token", "logits off by"):
+    for name in ("tokens", "ms", "x one token", *(f"off by, {depth} tokens in" for depth in apart)):
         table.add_column(name, no_wrap=True)
     for n, ms in costs["verify_ms"].items():
-        apart = found["logits_apart"].get(n)
-        off = "" if apart is None else "0, every bit" if apart == 0 else f"{apart:.2g}"
-        table.add_row(str(n), f"{ms:.1f}", f"{ms / plain:.2f}", off)
+        off = ("-" if n not in by else "0" if by[n] == 0 else f"{by[n]:.2g}" for by in apart.values())
+        table.add_row(str(n), f"{ms:.1f}", f"{ms / plain:.2f}", *off)
     console.print(table)
-    if any(found["logits_apart"].values()):
-        console.print("(from a pass of one token, RMS: words whose logits lie that near may swap)", highlight=False)
+    console.print(f"off by: from the logits of single tokens (RMS); {_bits(apart)}", highlight=False)
     kept = "kept" if costs["kept"] else "not kept: the machine is busy"
     by = costs["draft_ms_by"]
     runners = "" if by is None else " (" + ", ".join(f"{name} {ms:.2f}" for name, ms in by.items()) + ")"
@@ -185,3 +184,10 @@ def print_findings(found: dict[str, Any]) -> None:
         )
     if found["written"]:
         typer.secho(f"wrote {found['written']}", dim=True, err=True)
+
+
+def _bits(apart: dict[int, dict[int, float]]) -> str:
+    """What it means for greedy answers that logits depend on the width of a pass, or do not."""
+    if not any(rms for by in apart.values() for rms in by.values()):
+        return "0: greedy answers are those of plain decoding, bit for bit"
+    return "where it is not 0, words whose logits lie that near may swap"

@@ -26,7 +26,7 @@ from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.runners import open_block_drafter
 from dspark_cli.engine.schedule import Off, Schedule, parse_policy
 from dspark_cli.engine.stats import ids_sha256
-from dspark_cli.engine.widths import widths_apart
+from dspark_cli.engine.widths import COMPARED, DEPTHS, widths_apart
 from dspark_cli.engine.words import DEFAULT_POLICY, DRAFTER_WORDS
 
 #: Two logits closer than this may swap between a pass of one row and a pass of many (other kernels, other rounding).
@@ -219,10 +219,14 @@ class Session:
         engine.margins = margins
         return engine.run(requests, isolate=isolate)
 
-    def widths_apart(self, widths: Sequence[int]) -> dict[int, float]:
-        """See `widths.widths_apart`; the next answer computes its whole prompt again."""
+    def widths_apart(self, widths: Sequence[int]) -> dict[int, dict[int, float]]:
+        """By depth of the context, as far as it reaches, what `widths.widths_apart` says.
+
+        The next answer computes its whole prompt again.
+        """
         self._engine.forget()
-        return widths_apart(self.target, widths)
+        depths = [depth for depth in DEPTHS if depth + COMPARED <= self.target.info.n_ctx]
+        return {depth: widths_apart(self.target, widths, depth) for depth in depths}
 
     def check(self, request: Request) -> CheckReport:
         """Decode `request` twice, with and without drafting, and compare token by token."""

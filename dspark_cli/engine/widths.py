@@ -9,26 +9,29 @@ import numpy as np
 from dspark_cli.backends.base import FloatArray, Row, Target
 
 TEXT = "The quick brown fox jumps over the lazy dog and runs into the dark forest, where 12 owls count 345 stars. "
-TOKENS = 48  # that are compared; as many of context come before them
+COMPARED = 48  # tokens
+#: tokens of context before them; some kernels share a long context among threads only when one token asks
+DEPTHS = (48, 640)
 
 
-def widths_apart(target: Target, widths: Sequence[int]) -> dict[int, float]:
+def widths_apart(target: Target, widths: Sequence[int], depth: int = DEPTHS[0]) -> dict[int, float]:
     """How far the logits of passes of each width lie from those of one token at a time: RMS, 0 when every bit is the same.
 
-    Sequence 0 is emptied.
+    depth: tokens of context before the first pass. Sequence 0 is emptied.
     """
-    ids = target.tokenizer.encode(TEXT * (1 + 2 * TOKENS // 16))[: 2 * TOKENS]
+    ids = (target.tokenizer.encode(TEXT) * (depth + COMPARED))[: depth + COMPARED]
 
     def logits(width: int) -> FloatArray:
-        target.rewind(0, TOKENS)
-        pieces = [ids[i : i + width] for i in range(TOKENS, 2 * TOKENS, width)]
+        target.rewind(0, depth)
+        pieces = [ids[i : i + width] for i in range(depth, len(ids), width)]
         # What is left over at the end is a narrower pass, which says nothing about this width.
         whole = [target.step([Row(0, piece)])[0].logits.copy() for piece in pieces if len(piece) == width]
         return np.concatenate(whole)
 
     target.drop(0)
-    target.step([Row(0, ids[:TOKENS], n_logits=0)])
     try:
+        for begin in range(0, depth, target.max_rows):
+            target.step([Row(0, ids[begin : min(begin + target.max_rows, depth)], n_logits=0)])
         alone = logits(1)
         apart = {}
         for width in widths:
