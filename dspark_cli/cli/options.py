@@ -63,7 +63,7 @@ Ctx = Annotated[
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default the physical cores.")]
 GpuLayers = Annotated[int | None, typer.Option(help="Layers on the GPU; default all, 0 is none.")]
 KvType = Annotated[str, typer.Option(help="Type of cached keys and values: f16, q8_0, q4_0, ...")]
-FlashAttn = Annotated[str, typer.Option(help="Flash attention: auto (on a CPU off where it is slow and keeps nothing), on or off.")]
+FlashAttn = Annotated[str, typer.Option(help="Flash attention: auto (off where a CPU gains by it), on or off.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be given several times.")]
 Thinking = Annotated[
     bool | None, typer.Option("--thinking/--no-thinking", help="For models whose template has the switch.")
