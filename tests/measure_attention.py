@@ -4,7 +4,8 @@
 
 Prints medians in ms by the tokens of the pass and the depth of the context, the variants in turn; the speed of a prompt of
 1,024 tokens; and of a greedy answer of 400 tokens, how far the logits of passes of 5 tokens lie from those of passes of one,
-and how many of its tokens they would change. The drafter's pass is timed too. Not part of the test suite.
+and how many of its tokens they would change. The drafter's pass is timed too, and with `--parallel 8,16,32` passes over so
+many sequences in one cache instead of all that. Not part of the test suite.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import gettempdir
@@ -54,6 +56,44 @@ def verify_costs(targets: dict[str, LlamaCppTarget], ids: list[int], repeats: in
             print(f"depth {depth:4}, flash {flash:3}: {figures} ms for {WIDTHS[0]}-{WIDTHS[-1]} tokens", flush=True)
 
 
+def parallel_costs(path: Path, ids: list[int], n_seq: int, repeats: int) -> None:
+    """Passes of one and two tokens for each of `n_seq` sequences, at 150 tokens of context."""
+    options = ContextOptions(ctx=256, n_seq=n_seq)
+    targets = {flash: LlamaCppTarget(path, replace(options, flash_attn=flash)) for flash in FLASH}
+    found: dict[tuple[str, int], list[float]] = {}
+    for target in targets.values():
+        for seq in range(n_seq):
+            target.step([Row(seq, ids[:150], n_logits=1)])
+    for _ in range(3 * repeats):
+        for flash, target in targets.items():
+            for width in (1, 2):
+                began = time.perf_counter()
+                target.step([Row(seq, ids[7 : 7 + width]) for seq in range(n_seq)])
+                found.setdefault((flash, width), []).append((time.perf_counter() - began) * 1e3)
+                for seq in range(n_seq):
+                    target.rewind(seq, 150)
+    for flash, target in targets.items():
+        print(f"{n_seq:3} sequences, flash {flash:3}: {median(found[flash, 1]):.1f} {median(found[flash, 2]):.1f} ms")
+        target.close()
+
+
+def prompt_speed(path: Path, ids: list[int], repeats: int) -> None:
+    variants = (("on", 512), ("off", 512), ("off", 256))
+    targets = {v: LlamaCppTarget(path, ContextOptions(ctx=2048, flash_attn=v[0], ubatch=v[1])) for v in variants}
+    found: dict[tuple[str, int], list[float]] = {}
+    for _ in range(repeats):
+        for variant, target in targets.items():
+            target.drop(0)
+            began = time.perf_counter()
+            for begin in range(0, len(ids), 512):
+                target.step([Row(0, ids[begin : begin + 512], n_logits=1)])
+            found.setdefault(variant, []).append(len(ids) / (time.perf_counter() - began))
+    for (flash, rows), target in targets.items():
+        speed = median(found[flash, rows])
+        print(f"a prompt of {len(ids)} tokens, flash {flash:3}, {rows} rows at once: {speed:.0f} tok/s")
+        target.close()
+
+
 def draft_costs(target: LlamaCppTarget, drafter: Path, ids: list[int], repeats: int) -> None:
     drafters = {flash: LlamaCppDrafter(drafter, target, ContextOptions(ctx=2048, flash_attn=flash)) for flash in FLASH}
     target.request_features(drafters["on"].feature_layers)
@@ -90,7 +130,7 @@ def answer(target: LlamaCppTarget, prompt: list[int], n_tokens: int) -> Iterator
         logits = target.step([Row(0, [token])])[0].logits[0].copy()
 
 
-def widths_apart(flash: str, target: LlamaCppTarget) -> None:
+def tokens_changed(flash: str, target: LlamaCppTarget) -> None:
     prompt = target.tokenizer.encode(target.render_chat([{"role": "user", "content": STORY}]), special=True)
     tokens, alone = zip(*answer(target, prompt, 400), strict=True)
     target.rewind(0, len(prompt))
@@ -107,21 +147,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", default="Q8_0", help="requantize the target to this first (default Q8_0)")
     parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--parallel", default="", help="sequences at once, such as 8,16,32")
     options = parser.parse_args()
     pair = resolve("smollm2-135m")
     path = requantize(pair.path, options.format, Path(gettempdir()) / "dspark-formats")
     ids = np.random.default_rng(0).integers(100, 40_000, 1024).tolist()
+    if options.parallel:
+        for n_seq in map(int, options.parallel.split(",")):
+            parallel_costs(path, ids, n_seq, options.repeats)
+        return
+    prompt_speed(path, ids, options.repeats)
     targets = {flash: LlamaCppTarget(path, ContextOptions(ctx=2048, flash_attn=flash)) for flash in FLASH}
     verify_costs(targets, ids, options.repeats)
     if pair.drafter_path:
         draft_costs(targets["on"], pair.drafter_path, ids, options.repeats)
     for flash, target in targets.items():
-        target.drop(0)
-        began = time.perf_counter()
-        for begin in range(0, 1024, 512):
-            target.step([Row(0, ids[begin : begin + 512], n_logits=1)])
-        print(f"flash {flash:3}: {1024 / (time.perf_counter() - began):.0f} tok/s of a prompt of 1024 tokens")
-        widths_apart(flash, target)
+        tokens_changed(flash, target)
         target.close()
 
 

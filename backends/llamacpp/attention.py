@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-FLASH_ATTN = ("auto", "off", "on")
+from dspark_cli.backends.llamacpp.quants import QUANTS
+
 #: general.file_type of float weights -> the word for it
-FLOAT_WEIGHTS = {0: "F32", 1: "F16", 32: "BF16"}
+FLOAT_WEIGHTS = {QUANTS[word]: word for word in ("F32", "F16", "BF16")}
 #: KV types that attention without flash can read (libllama refuses a quantized V there)
 FLOAT_KV = ("f32", "f16", "bf16")
 #: with more sequences in one cache, scores of each with the tokens of all others cost more than flash (docs/bench.md)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dspark_cli.backends.base import BadInput, ContextFull, DsparkError
 from dspark_cli.backends.llamacpp import native
-from dspark_cli.backends.llamacpp.attention import FLASH_ATTN, FLOAT_WEIGHTS, flash_word, ubatch_rows
+from dspark_cli.backends.llamacpp.attention import FLOAT_WEIGHTS, flash_word, ubatch_rows
 from dspark_cli.backends.llamacpp.model import Model, out_of_memory
 from dspark_cli.backends.llamacpp.native import Batch, lib
 from dspark_cli.backends.machine import usable_cores
@@ -23,7 +23,7 @@ KV_TYPES = {
     "q4_1": lib.GGML_TYPE_Q4_1,
     "q4_0": lib.GGML_TYPE_Q4_0,
 }
-FLASH_TYPES = {"auto": -1, "off": 0, "on": 1}
+FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
 DEFAULT_CTX = 4096
 
 
@@ -89,7 +89,7 @@ class Context:
         params.n_seq_max = options.n_seq
         params.n_threads = params.n_threads_batch = self.threads
         params.type_k = params.type_v = KV_TYPES[options.kv_type]
-        params.flash_attn_type = FLASH_TYPES[self.flash]
+        params.flash_attn_type = FLASH_ATTN[self.flash]
         params.swa_full = True  # rejected drafts are rewound: a sliding window that forgot its past could not be
         params.no_perf = True
         if other is not None:

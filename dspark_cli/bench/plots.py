@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 26, 40
+WIDTH, HEIGHT = 640, 274
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 40, 40  # above the plot: the title, and a line for the legend
 CHARACTER = 6.5  # pixels of a letter, about
 COLOURS = ("#3366aa", "#cc6633", "#339966", "#993388", "#888822", "#557788", "#aa3344", "#666666")
 
@@ -65,15 +65,14 @@ class Axes:
         )
 
     def legend(self, names: Sequence[str]) -> None:
-        """Names on the line of the title, right-aligned: beside the plot, so that they hide none of it."""
-        x = float(WIDTH - RIGHT)
-        for i, name in reversed(list(enumerate(names))):
-            x -= 15 + CHARACTER * len(name)
+        """Names on a line between title and plot, where they hide neither."""
+        x = float(LEFT)
+        for i, name in enumerate(names):
             self._parts.append(
-                f'<rect x="{x:.0f}" y="7" width="10" height="10" fill="{colour_of(i)}"/>'
-                f'<text x="{x + 14:.0f}" y="16" class="tick">{escape(name)}</text>'
+                f'<rect x="{x:.0f}" y="23" width="10" height="10" fill="{colour_of(i)}"/>'
+                f'<text x="{x + 14:.0f}" y="32" class="tick">{escape(name)}</text>'
             )
-            x -= 8
+            x += 30 + CHARACTER * len(name)
 
     def svg(self) -> str:
         return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(self._parts)}</svg>'

@@ -135,9 +135,10 @@ def print_findings(found: dict[str, Any]) -> None:
     costs, confidence = found["costs"], found["confidence"]
     plain = costs["verify_ms"].get(1, costs["plain_ms"])
     apart = found["logits_apart"]
-    table = Table(title="verify pass", title_justify="left", box=None, pad_edge=False)
-    for name in ("tokens", "ms", "x one token", *(f"off by, {depth} tokens in" for depth in apart)):
-        table.add_column(name, no_wrap=True)
+    off_by = (f"off by, {depth} tokens in" for depth in apart)
+    table = Table(
+        "tokens", "ms", "x one token", *off_by, title="verify pass", title_justify="left", box=None, pad_edge=False
+    )
     for n, ms in costs["verify_ms"].items():
         off = ("-" if n not in by else "0" if by[n] == 0 else f"{by[n]:.2g}" for by in apart.values())
         table.add_row(str(n), f"{ms:.1f}", f"{ms / plain:.2f}", *off)
