@@ -222,6 +222,10 @@ class DraftRequest:
     choose: Any = None
 
 
+#: tokens committed to the target's cache of a sequence, and their features if asked for: float32 [len(tokens), m*d]
+Committed = tuple[int, Sequence[int], FloatArray | None]
+
+
 class Drafter(ABC):
     """Proposes tokens after an anchor. Keeps one state a sequence, of the tokens it has observed.
 
@@ -256,6 +260,11 @@ class Drafter(ABC):
     @abstractmethod
     def observe(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
         """`tokens` were committed to the target's cache of `seq`; features float32 [len(tokens), m*d] if asked for."""
+
+    def observe_all(self, committed: Sequence[Committed]) -> None:
+        """`observe` for several sequences, each once; in one pass where that is possible."""
+        for seq, tokens, features in committed:
+            self.observe(seq, tokens, features)
 
     def feedback(self, seq: int, verified: int, accepted: int) -> None:  # noqa: B027  (most drafters do not learn)
         """Of the last proposal for `seq`, the fate of `verified` tokens is known: `accepted` were right. Before `observe`."""

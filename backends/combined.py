@@ -14,6 +14,8 @@ import numpy as np
 from dspark_cli.backends.base import EMPTY_DRAFT, Draft, Drafter, DraftRequest, FloatArray
 from dspark_cli.backends.lookup import LookupDrafter
 
+_Waiting = tuple[list[int], FloatArray | None]  # tokens, and their features [n, m*d] if there are any
+
 WAITING = 512  # tokens of a sequence whose features may wait: then they go in, to bound memory
 
 
@@ -33,7 +35,7 @@ class CombinedDrafter(Drafter):
         self.feature_layers = model.feature_layers
         self.inject_ms = 0.0
         self._clock = clock
-        self._waiting: dict[int, list[tuple[list[int], FloatArray | None]]] = {}
+        self._waiting: dict[int, list[_Waiting]] = {}
         self._length: dict[int, int] = {}  # tokens the model has taken in
         self._from_lookup: dict[int, bool] = {}  # whether the last draft of a sequence was lookup's
 
@@ -47,9 +49,8 @@ class CombinedDrafter(Drafter):
         return drafts
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        for request in requests:
-            self._inject(request.seq)
-            self._from_lookup[request.seq] = False
+        self._inject([request.seq for request in requests])
+        self._from_lookup.update((request.seq, False) for request in requests)
         return self.model.propose(requests)
 
     def feedback(self, seq: int, verified: int, accepted: int) -> None:
@@ -65,44 +66,56 @@ class CombinedDrafter(Drafter):
         # A view of the target's last pass: it will not be there any more when it is needed.
         waiting.append((list(tokens), None if features is None else features.copy()))
         if sum(len(t) for t, _ in waiting) >= WAITING:
-            self._inject(seq)
+            self._inject([seq])
 
-    def _inject(self, seq: int) -> None:
-        """Hand over what waits for `seq`, in one call."""
-        waiting = self._waiting.pop(seq, [])
-        if not waiting:
-            return
+    def _inject(self, seqs: Sequence[int]) -> None:
+        """Hand over what waits for `seqs`, in one call."""
         began = self._clock()
-        tokens = [token for t, _ in waiting for token in t]
-        parts = [f for _, f in waiting if f is not None]
-        self.model.observe(seq, tokens, np.concatenate(parts) if parts else None)
-        self._length[seq] = self._length.get(seq, 0) + len(tokens)
-        self.inject_ms += (self._clock() - began) * 1e3
+        committed = []
+        for seq in seqs:
+            waiting = self._waiting.pop(seq, [])
+            if waiting:
+                tokens = [token for t, _ in waiting for token in t]
+                parts = [f for _, f in waiting if f is not None]
+                committed.append((seq, tokens, np.concatenate(parts) if parts else None))
+        if committed:
+            self.model.observe_all(committed)
+            for seq, tokens, _ in committed:
+                self._length[seq] = self._length.get(seq, 0) + len(tokens)
+            self.inject_ms += (self._clock() - began) * 1e3
 
     def rewind(self, seq: int, length: int) -> None:
         if self.lookup is not None:
             self.lookup.rewind(seq, length)
         taken = self._length.get(seq, 0)
-        if length <= taken:
+        if length < taken:
             self.model.rewind(seq, length)
-            self._length[seq] = length
-            self._waiting.pop(seq, None)
-            return
-        room, kept = length - taken, []
-        for tokens, features in self._waiting.pop(seq, []):
-            if room > 0:
-                kept.append((tokens[:room], None if features is None else features[:room]))
-            room -= len(tokens)
-        self._waiting[seq] = kept
+            self._length[seq] = taken = length
+        self._waiting[seq] = _first(self._waiting.get(seq, []), length - taken)
 
     def fork(self, source: int, destination: int, length: int | None = None) -> None:
         if self.lookup is not None:
             self.lookup.fork(source, destination, length)
-        self._inject(source)
-        self._waiting.pop(destination, None)
-        self.model.fork(source, destination, length)
         taken = self._length.get(source, 0)
-        self._length[destination] = taken if length is None else min(length, taken)
+        shared = taken if length is None else min(length, taken)
+        if shared:
+            self.model.fork(source, destination, shared)
+        else:
+            self.model.drop(destination)
+        self._length[destination] = shared
+        waiting = self._waiting.get(source, [])
+        self._waiting[destination] = list(waiting) if length is None else _first(waiting, length - shared)
 
     def close(self) -> None:
         self.model.close()
+
+
+def _first(waiting: Sequence[_Waiting], count: int) -> list[_Waiting]:
+    """What waits of the first `count` tokens."""
+    kept: list[_Waiting] = []
+    for tokens, features in waiting:
+        if count <= 0:
+            break
+        kept.append((tokens[:count], None if features is None else features[:count]))
+        count -= len(tokens)
+    return kept

@@ -52,13 +52,25 @@ Quality = Callable[[np.random.Generator], tuple[float, float | None]]
 
 
 class TimedDrafter(Drafter):
-    """Drafts the target's own greedy continuation, wrong at random: quality(rng) -> (chance to be right, confidence shown)."""
+    """Drafts the target's own greedy continuation, wrong at random: quality(rng) -> (chance to be right, confidence shown).
+
+    each: share of the pass's time that every further request adds
+    """
 
     name = kind = "timed"
 
-    def __init__(self, target: TimedTarget, quality: Quality, *, ms: Curve, block_size: int = 4, seed: int = 0) -> None:
+    def __init__(
+        self,
+        target: TimedTarget,
+        quality: Quality,
+        *,
+        ms: Curve,
+        each: float = 0.0,
+        block_size: int = 4,
+        seed: int = 0,
+    ) -> None:
         self.block_size, self.feature_layers = block_size, (0,)
-        self.quality, self.ms = quality, ms
+        self.quality, self.ms, self.each = quality, ms, each
         self.passes = self.injections = 0
         self.seen: dict[int, list[int]] = {}
         self._target = target
@@ -66,7 +78,7 @@ class TimedDrafter(Drafter):
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         self.passes += 1
-        self._target.clock.spend(self.ms.at(max(r.block for r in requests)))
+        self._target.clock.spend(self.ms.at(max(r.block for r in requests)) * (1 + self.each * (len(requests) - 1)))
         return [self._propose(r) for r in requests]
 
     def _propose(self, request: DraftRequest) -> Draft:
@@ -117,13 +129,17 @@ class Machine:
     quality: Quality
     verify: dict[int, float] = field(default_factory=lambda: dict(VERIFY))
     draft: dict[int, float] = field(default_factory=lambda: {1: 3.0, 4: 3.5})
+    each: float = 0.0
     block_size: int = 4
     noise: float = 0.05
     n_seq: int = 1
 
     def costs(self) -> CostModel:
         """What a perfect profile would say."""
-        return CostModel(Curve(self.verify), draft=Curve(self.draft), own_ms=0.0, pass_own_ms=0.0)
+        many = None
+        if self.n_seq > 1:
+            many = self.n_seq, Curve({n: ms * (1 + self.each * (self.n_seq - 1)) for n, ms in self.draft.items()})
+        return CostModel(Curve(self.verify), draft=Curve(self.draft), several=many, own_ms=0.0, pass_own_ms=0.0)
 
     def run(
         self,
@@ -138,7 +154,9 @@ class Machine:
         """(tokens per second of decoding, rounds)."""
         clock = Clock()
         target = TimedTarget(Curve(self.verify), clock, noise=self.noise, seed=seed, n_seq=self.n_seq)
-        drafter = TimedDrafter(target, self.quality, ms=Curve(self.draft), block_size=self.block_size, seed=seed + 1)
+        drafter = TimedDrafter(
+            target, self.quality, ms=Curve(self.draft), each=self.each, block_size=self.block_size, seed=seed + 1
+        )
         engine = Engine(target, wrap(drafter, clock), schedule, clock=clock)
         rounds = list(
             engine.run([Request([1, i % 7 + 2], tokens, sampling or SamplingOptions(), id=i) for i in range(requests)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -191,9 +192,9 @@ class TestCosts:
     def test_a_broken_clock_changes_nothing(self, ms: float) -> None:
         costs = CostModel(Curve({1: 10.0, 2: 14.0}), draft=Curve({3: 2.0}))
         costs.observe_verify(1, 1, 0, ms)
-        costs.observe_draft(1, 3, ms)
-        costs.observe_overhead(-1.0, None)
-        costs.observe_overhead(float("nan"), -1.0)
+        costs.observe_draft(1, 3, 0.0, ms)
+        costs.observe_overhead(-1.0)
+        costs.observe_pass(1, float("nan"), ms)
         assert costs.verify_ms(1, 0, 2).tolist() == [0.0, 10.0, 14.0]
         assert costs.pass_ms(1, 3) == 2.0
         assert costs.own_ms == 0.3
@@ -210,11 +211,54 @@ class TestCosts:
         assert costs.verify_ms(1, 0, 2)[2] > 400.0
 
     def test_round_trip(self) -> None:
-        costs = CostModel(Curve({1: 10.0, 3: 14.5}), 64, (0.1, 0.01), Curve({4: 2.0}), 0.4, 0.2, 0.25)
-        assert CostModel.from_dict(costs.as_dict()).as_dict() == costs.as_dict()
+        verify, draft, eight = Curve({1: 10.0, 3: 14.5}), Curve({4: 2.0}), Curve({4: 9.0})
+        costs = CostModel(verify, 64, (0.1, 0.01), draft, (8, eight), (0.2, 0.02), Curve({1: 0.4, 8: 1.2}), 0.2, 0.25)
+        raw = costs.as_dict()
+        assert CostModel.from_dict(raw).as_dict() == raw
+        assert CostModel.from_dict(json.loads(json.dumps(raw))).pass_ms(5, 4, 100) == costs.pass_ms(5, 4, 100)
+
+    def test_drafting_for_several_sequences_costs_what_was_measured_of_several(self) -> None:
+        costs = CostModel(
+            Curve({1: 10.0}),
+            depth=32,
+            draft=Curve({1: 2.0, 4: 4.0}),
+            several=(8, Curve({1: 9.0, 4: 32.0})),
+            draft_slope=(0.001, 0.002),
+            inject=Curve({1: 0.5, 8: 1.9}),
+        )
+        assert costs.pass_ms(1, 4) == pytest.approx(4.0 + 0.5)
+        assert costs.pass_ms(8, 4) == pytest.approx(32.0 + 1.9)
+        assert costs.pass_ms(2, 4) == pytest.approx(8.0 + 0.7)  # a seventh of the way from one to eight
+        assert costs.pass_ms(15, 1) == pytest.approx(16.0 + 3.3)  # and on
+        assert costs.pass_ms(2, 4, 132) == pytest.approx(8.7 + 2 * 100 * 0.009)
+
+    def test_what_a_pass_for_several_cost_is_learned_for_that_many(self) -> None:
+        costs = CostModel(Curve({1: 10.0}), draft=Curve({4: 4.0}), several=(8, Curve({4: 20.0})), own_ms=0.0)
+        costs.pass_own_ms = 0.0
+        for _ in range(300):
+            costs.observe_draft(8, 4, 0.0, 30.0)
+            costs.observe_pass(8, 0.0, 2.0)
+        assert costs.pass_ms(8, 4) == pytest.approx(32.0, rel=0.05)
+        assert costs.pass_ms(1, 4) == pytest.approx(6.0)
+
+    def test_features_that_waited_long_say_little_of_the_next_round(self) -> None:
+        costs = CostModel(Curve({1: 10.0}), draft=Curve({4: 4.0}), inject=Curve({1: 0.5}))
+        for _ in range(40):
+            costs.observe_pass(1, 0.3, 0.5)
+        costs.observe_pass(1, 0.3, 50.0)
+        assert costs.pass_ms(1, 4) == pytest.approx(4.5, rel=0.02)
 
     @pytest.mark.parametrize(
-        "change", [{"verify": {"1": -3.0}}, {"verify": None}, {"slope": [1]}, {"own_ms": "x"}, {"depth": None}]
+        "change",
+        [
+            {"verify": {"1": -3.0}},
+            {"verify": None},
+            {"slope": [1]},
+            {"own_ms": "x"},
+            {"depth": None},
+            {"several": {"sequences": 1, "ms": {}}},
+            {"inject": {"1": -1}},
+        ],
     )
     def test_a_file_that_is_no_profile(self, change: dict[str, object]) -> None:
         raw = {**CostModel(Curve({1: 10.0})).as_dict(), **change}

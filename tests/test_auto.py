@@ -215,6 +215,17 @@ def test_several_sequences_share_the_budget() -> None:
     assert max(r.shared for r in rounds) == 4
 
 
+def test_a_pass_that_pays_for_one_request_but_not_for_many_is_parked_before_it_is_made() -> None:
+    """Verifying is as cheap as ever; drafting for eight costs eight times what it costs for one."""
+    known = {"timed": Belief(survival=(0.8, 0.6, 0.4, 0.3))}
+    alone = Machine(steady(0.8, 0.8), draft={1: 2.0, 4: 3.0}, each=1.0)
+    assert any(r.verified for r in alone.run(auto(alone, beliefs=known), 40)[1])
+    many = Machine(steady(0.8, 0.8), draft={1: 2.0, 4: 3.0}, each=1.0, n_seq=8, verify={1: 10, 8: 22, 40: 100})
+    speed, rounds = many.run(auto(many, beliefs=known), 40, requests=16)
+    assert all(r.parked for r in rounds if not r.is_prefill)
+    assert speed == pytest.approx(many.run(Off(), 40, requests=16)[0], rel=0.01)
+
+
 def test_the_cap_holds() -> None:
     machine = Machine(steady(1.0, 0.95), n_seq=4, verify=FLAT)
     _, rounds = machine.run(auto(machine, cap=8), 60, requests=4)

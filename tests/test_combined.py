@@ -82,7 +82,8 @@ def test_the_model_knows_exactly_what_is_committed_when_it_drafts(
         elif what == "fork":
             length = int(value * len(committed))  # type: ignore[operator]
             drafter.fork(0, 1, length)
-            assert model.tokens[1] == committed[:length]
+            drafter.propose([DraftRequest(1, 5, 2)])
+            assert model.tokens.get(1, []) == committed[:length]
         else:
             drafter.propose([DraftRequest(0, 5, 2)])
             assert model.tokens.get(0, []) == committed
@@ -90,6 +91,18 @@ def test_the_model_knows_exactly_what_is_committed_when_it_drafts(
             assert lookup._histories.get(0) is None or lookup._histories[0].tokens == committed
     drafter.propose([DraftRequest(0, 5, 2)])
     assert model.tokens.get(0, []) == committed
+
+
+def test_a_fork_hands_nothing_over() -> None:
+    """Prompts that share a beginning are forked for each answer: while the drafter is parked that must cost nothing."""
+    model = Diary()
+    drafter = CombinedDrafter(model)
+    drafter.observe(0, [1, 2, 3], features([1, 2, 3]))
+    drafter.fork(0, 1, 2)
+    drafter.observe(1, [7], features([7]))
+    assert model.calls == 0
+    drafter.propose([DraftRequest(0, 5, 2), DraftRequest(1, 5, 2)])
+    assert model.tokens == {0: [1, 2, 3], 1: [1, 2, 7]}
 
 
 def test_many_rounds_are_one_hand_over() -> None:

@@ -31,11 +31,13 @@ class DeepTarget(TimedTarget):
         return super().step(rows)
 
 
-def pair(noise: float = 0.0, kind: type[TimedTarget] = TimedTarget) -> tuple[TimedTarget, CombinedDrafter, Clock]:
+def pair(
+    noise: float = 0.0, kind: type[TimedTarget] = TimedTarget, *, n_seq: int = 1, each: float = 0.0
+) -> tuple[TimedTarget, CombinedDrafter, Clock]:
     clock = Clock()
-    target = kind(Curve(JAGGED), clock, noise=noise)
+    target = kind(Curve(JAGGED), clock, noise=noise, n_seq=n_seq)
     target.request_features((0,))
-    model = TimedDrafter(target, steady(0.5, 0.5), ms=Curve({1: 3.0, 4: 4.5}))
+    model = TimedDrafter(target, steady(0.5, 0.5), ms=Curve({1: 3.0, 4: 4.5}), each=each)
     return target, CombinedDrafter(model, LookupDrafter(), clock=clock), clock
 
 
@@ -59,6 +61,17 @@ def test_depth_is_measured() -> None:
     at = costs.verify_ms(1, 1000, 5)
     assert at[1] == pytest.approx(10.0 + 7.0, rel=0.1)
     assert at[5] == pytest.approx(25.0 + 15.0, rel=0.1)
+
+
+@pytest.mark.parametrize("n_seq", [2, 8, 16])
+def test_drafts_of_several_sequences_are_measured(n_seq: int) -> None:
+    target, drafter, clock = pair(noise=0.05, n_seq=n_seq, each=0.5)
+    costs = measure(target, drafter, seconds=5.0, clock=clock).costs()
+    for sequences in {1, 2, n_seq}:
+        for block, ms in ((1, 3.0), (4, 4.5)):
+            assert costs.pass_ms(sequences, block) == pytest.approx(ms * (1 + 0.5 * (sequences - 1)), rel=0.1)
+    assert [target.length(seq) for seq in range(n_seq)] == [0] * n_seq
+    assert not any(drafter.model.seen.values())  # type: ignore[attr-defined]
 
 
 def test_a_slow_target_gets_fewer_widths_not_more_time() -> None:
@@ -97,7 +110,7 @@ def saved() -> tuple[Place, list[str]]:
         (lambda text: text[: len(text) // 2], "cannot be read"),
         (lambda text: "", "cannot be read"),
         (lambda text: "[]", "damaged"),
-        (lambda text: text.replace("dspark-profile/1", "dspark-profile/0"), "damaged"),
+        (lambda text: text.replace("dspark-profile/2", "dspark-profile/1"), "damaged"),
         (lambda text: json.dumps({**json.loads(text), "costs": {"verify": {"1": -1}}}), "damaged"),
         (
             lambda text: json.dumps({**json.loads(text), "costs": {**json.loads(text)["costs"], "verify": {}}}),

@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from dspark_cli.backends.base import EMPTY_DRAFT, Draft, Drafter, DraftRequest, FloatArray, IntArray, PairMismatch
+from dspark_cli.backends.base import (
+    EMPTY_DRAFT,
+    Committed,
+    Draft,
+    Drafter,
+    DraftRequest,
+    FloatArray,
+    IntArray,
+    PairMismatch,
+)
 from dspark_cli.backends.llamacpp import native
 from dspark_cli.backends.llamacpp.context import Context, ContextOptions
 from dspark_cli.backends.llamacpp.header import read_tensor, tensor_infos
@@ -160,17 +169,28 @@ class LlamaCppDrafter(Drafter):
         )
 
     def observe(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
-        if features is None:
-            raise PairMismatch(f"{self.name} was given no target features")
-        position = self.context.length(seq)
-        for begin in range(0, len(tokens), self._inject.capacity):
-            chunk = features[begin : begin + self._inject.capacity]
-            rows = slice(0, len(chunk))
-            self._inject.embd[rows] = chunk
-            self._inject.pos[rows] = np.arange(position, position + len(chunk))
-            self._inject.seq[rows] = seq
-            self.context.decode(self._inject, len(chunk))
-            position += len(chunk)
+        self.observe_all([(seq, tokens, features)])
+
+    def observe_all(self, committed: Sequence[Committed]) -> None:
+        seqs, positions, rows = [], [], []
+        for seq, tokens, features in committed:
+            if features is None:
+                raise PairMismatch(f"{self.name} was given no target features")
+            start, size = self.context.length(seq), len(tokens)
+            seqs.append(np.full(size, seq))
+            positions.append(np.arange(start, start + size))
+            rows.append(features[:size])
+        batch, total = self._inject, sum(map(len, rows))
+        if not total:
+            return
+        seq_of, position_of, features_of = (_joined(parts) for parts in (seqs, positions, rows))
+        for begin in range(0, total, batch.capacity):
+            chunk = slice(begin, min(begin + batch.capacity, total))
+            size = chunk.stop - begin
+            batch.embd[:size] = features_of[chunk]
+            batch.pos[:size] = position_of[chunk]
+            batch.seq[:size] = seq_of[chunk]
+            self.context.decode(batch, size)
 
     def rewind(self, seq: int, length: int) -> None:
         self.context.rewind(seq, length)
@@ -182,6 +202,11 @@ class LlamaCppDrafter(Drafter):
         if self.context is not None:
             self.context.close()
         self.model.close()
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """One array of several; without a copy where there is only one."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class HeadWeights:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_cli.backends.base import EMPTY_DRAFT, Draft, Drafter, DraftRequest, DsparkError, FloatArray
+from dspark_cli.backends.base import EMPTY_DRAFT, Committed, Draft, Drafter, DraftRequest, DsparkError, FloatArray
 from dspark_cli.backends.torch.checkpoint import TargetTables, check_pair, load_drafter
 from dspark_cli.backends.torch.devices import is_out_of_memory
 from dspark_cli.backends.torch.dialects import read_config
@@ -82,9 +82,13 @@ class TorchDrafter(Drafter):
         return drafts
 
     def observe(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
-        if len(tokens) and not self.spent:
+        self.observe_all([(seq, tokens, features)])
+
+    def observe_all(self, committed: Sequence[Committed]) -> None:
+        some = [part for part in committed if len(part[1])]
+        if some and not self.spent:
             with self._memory(), torch.inference_mode():
-                self._take(seq, tokens, features)
+                self._take(some)
 
     @contextmanager
     def _memory(self) -> Iterator[None]:
@@ -99,8 +103,8 @@ class TorchDrafter(Drafter):
             self.notice(f"the drafter {self.name} ran out of memory: decoding goes on without it")
 
     @abstractmethod
-    def _take(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
-        """`observe` of at least one token."""
+    def _take(self, committed: Sequence[Committed]) -> None:
+        """`observe_all` of at least one sequence, each with at least one token."""
 
     def rewind(self, seq: int, length: int) -> None:
         self.store.rewind(seq, length)
@@ -160,15 +164,23 @@ class DSparkDrafter(TorchDrafter):
         row = (self.config.num_kv_heads, self.config.head_dim)
         self.store = self._new_store({f"{what}{i}": row for i in range(self.config.num_layers) for what in "kv"})
 
-    def _take(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
-        fused = self.model.fuse(self._tensor(features, len(tokens)))
-        start = self.store.length(seq)
-        self.store.reserve(seq + 1, start + len(tokens))
-        rope = self.model.rotary.span(start, len(tokens))
-        for i, (keys, values) in enumerate(self.model.context_keys_values(fused.unsqueeze(0), rope)):
-            self.store.put(f"k{i}", seq, keys[0])
-            self.store.put(f"v{i}", seq, values[0])
-        self.store.advance(seq, len(tokens))
+    def _take(self, committed: Sequence[Committed]) -> None:
+        fused = self.model.fuse(torch.cat([self._tensor(features, len(tokens)) for _, tokens, features in committed]))
+        sizes = [len(tokens) for _, tokens, _ in committed]
+        seqs = [seq for seq, _, _ in committed]
+        starts = [self.store.length(seq) for seq in seqs]
+        last = max(start + size for start, size in zip(starts, sizes, strict=True))
+        self.store.reserve(max(seqs) + 1, last)
+        positions = self._ids(
+            [p for start, size in zip(starts, sizes, strict=True) for p in range(start, start + size)]
+        )
+        rope = self.model.rotary(positions, last)
+        for i, made in enumerate(self.model.context_keys_values(fused.unsqueeze(0), rope)):
+            for what, rows in zip("kv", made, strict=True):
+                for seq, part in zip(seqs, rows[0].split(sizes), strict=True):
+                    self.store.put(f"{what}{i}", seq, part)
+        for seq, size in zip(seqs, sizes, strict=True):
+            self.store.advance(seq, size)
 
     def _draft(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         length = min(max(request.block for request in requests), self.block_size)
@@ -206,7 +218,11 @@ class Eagle3Drafter(TorchDrafter):
         row = (self.config.num_kv_heads, self.config.head_dim)
         self.store = self._new_store({"k": row, "v": row, "fused": (self.config.hidden_size,)})
 
-    def _take(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
+    def _take(self, committed: Sequence[Committed]) -> None:
+        for seq, tokens, features in committed:
+            self._take_one(seq, tokens, features)
+
+    def _take_one(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
         start = self.store.length(seq)
         self.store.reserve(seq + 1, start + len(tokens))
         self.store.put("fused", seq, self.model.fuse(self._tensor(features, len(tokens))))

@@ -92,7 +92,8 @@ class DSpark(nn.Module):
 
         Returns tokens [N, length] as target ids and confidence logits [N, length]. `pick` None takes the best token.
         """
-        hidden = hidden[:, :length]
+        # Whole again: of a strided view torch multiplies every block by itself, and reads the head for each.
+        hidden = hidden[:, :length].contiguous()
         base = self.base_logits(hidden)
         state = self.markov_head.initial_state(hidden) if self.markov_head else None
         previous, tokens, embeddings = anchors, [], []

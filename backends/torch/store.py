@@ -82,6 +82,7 @@ class RowStore:
             return self._buffers[name][first : first + count, :rows]
         return self._buffers[name][list(slots), :rows]
 
+    @torch.inference_mode()  # buffers made while drafting may be written in no other mode
     def fork(self, source: int, destination: int, length: int | None = None) -> None:
         """`destination` becomes a copy of the first `length` rows of `source`."""
         length = self.length(source) if length is None else min(length, self.length(source))

@@ -111,7 +111,7 @@ def expected_speed(costs: CostModel, survival: Sequence[float], block: int, *, d
 
 def _planned(costs: CostModel, survival: np.ndarray[Any, Any], block: int, depth: int) -> dict[str, Any]:
     plain = costs.plain_ms(1, depth)
-    ms = costs.verify_ms(1, depth, 1 + len(survival))[1:] + costs.own_ms + costs.pass_ms(1, block)
+    ms = costs.verify_ms(1, depth, 1 + len(survival))[1:] + costs.own_ms + costs.pass_ms(1, block, depth)
     length = admit([survival], ms, early_stop=False)[0]
     rate = (1.0 + float(survival[:length].sum())) / float(ms[length]) * plain
     # Below 1 the drafter is parked: plain decoding, now and then a probe.

@@ -100,7 +100,7 @@ def _findings(session: Session, costs: CostModel, halves: Halves) -> dict[str, A
         "costs": {
             "plain_ms": round(plain, 3),
             "verify_ms": {n: round(float(curve[n]), 3) for n in costs.verify.known},
-            "draft_ms": round(costs.pass_ms(1, block), 3),
+            "draft_ms": round(costs.pass_ms(1, block, 256), 3),
             "kept": session.profile is not None and session.profile.path.exists(),
         },
         "confidence": confidence,

@@ -210,7 +210,7 @@ class AutoSchedule(Schedule):
         if not self.pass_guard.active or self._trial is not None or self._plain_is_due:
             return [0] * len(blocks)
         wanted = min(wanted, self._pass_block(wanted))
-        pass_ms = self.costs.pass_ms(plan.shared, wanted)
+        pass_ms = self.costs.pass_ms(plan.shared, wanted, plan.depth)
         promise = None if self._promise is None else self._promise - pass_ms * plan.worth / plan.shared
         asked = [
             0 if len(draft) and self._beats(draft, block, promise) else min(block, wanted)
@@ -220,7 +220,7 @@ class AutoSchedule(Schedule):
             some = [i for i, n in enumerate(asked) if n][:WATCHED]
             asked = [n if i in some else 0 for i, n in enumerate(asked)]
         plan.passed, plan.asked = max(asked), sum(n > 0 for n in asked)
-        plan.pass_ms = self.costs.pass_ms(plan.asked, wanted) if plan.passed else 0.0
+        plan.pass_ms = self.costs.pass_ms(plan.asked, wanted, plan.depth) if plan.passed else 0.0
         return asked
 
     @property
@@ -243,15 +243,22 @@ class AutoSchedule(Schedule):
         known = next((b.survival for source, b in self.beliefs.items() if source != "lookup" and b.survival), ())[
             :block
         ]
-        if known and self._plan.shared == 1:
-            tokens = 1.0 + np.concatenate([[0.0], np.cumsum(known)])
-            pass_ms = self.costs.pass_ms(1, block)
-            ms = self._plan.round_ms(len(known)) + pass_ms
-            rate = float((tokens / ms).max()) * self._plan.plain
+        if known:
+            pass_ms = self.costs.pass_ms(self._plan.shared, block, self._plan.depth)
+            rate = self._expected_rate(known)
             self._recent.extend([np.asarray(known)] * ENOUGH)
             self.pass_guard = Guard(trusted=rate >= TRUSTED)
             if rate < HOPELESS:
                 self.pass_guard.park(rate, "expected", trial=2 * pass_ms / self._plan.plain)
+
+    def _expected_rate(self, survival: Sequence[float]) -> float:
+        """Speed over plain decoding if drafts of every request survive as they did on average, at the best block."""
+        plan = self._plan
+        longest = min(len(survival), (len(plan.verify) - 1) // plan.shared)
+        tokens = 1.0 + np.cumsum(survival[:longest])
+        verified = plan.round_ms(plan.shared * longest)[plan.shared :: plan.shared]
+        drafted = [self.costs.pass_ms(plan.shared, b, plan.depth) for b in range(1, longest + 1)]
+        return float((tokens / (verified + drafted)).max(initial=0.0)) * plan.plain
 
     def _pass_block(self, limit: int) -> int:
         """The block whose tokens pay for what drafting them costs, over the drafts of the recent past."""
@@ -264,7 +271,9 @@ class AutoSchedule(Schedule):
             extra = (plan.verify[1 : limit + 1] - plan.verify[0]) * plan.worth
             gains = np.stack([_extended(a, limit) for a in self._recent]).cumsum(axis=1) - extra
             best_upto = np.maximum.accumulate(np.maximum(gains, 0.0), axis=1).mean(axis=0)
-            costs = [self.costs.pass_ms(plan.shared, b + 1) * plan.worth / plan.shared for b in range(limit)]
+            costs = [
+                self.costs.pass_ms(plan.shared, b + 1, plan.depth) * plan.worth / plan.shared for b in range(limit)
+            ]
             best = int((best_upto - costs).argmax()) + 1
         self._block = (best, REVIEW if len(self._recent) >= ENOUGH else ENOUGH)
         return best
@@ -319,7 +328,7 @@ class AutoSchedule(Schedule):
             plan.logits,
             lengths,
             1.0 + scale * self._promised(survival, lengths),
-            1.0 + extra + self.costs.pass_ms(plan.shared, plan.passed) / plan.plain,
+            1.0 + extra + self.costs.pass_ms(plan.shared, plan.passed, plan.depth) / plan.plain,
             extra,
             plan.pass_ms / plan.plain,
         )
@@ -394,12 +403,15 @@ class AutoSchedule(Schedule):
         self._past = (self._past[0] * FADE + brought, self._past[1] * FADE + cost)
         self._since_plain = self._since_plain + 1 if plan.verified else 0
         costs.observe_verify(shared, shared + plan.verified, plan.depth, times.verify)
-        costs.observe_overhead(times.own, times.inject if plan.passed else None)
+        if plan.passed:
+            costs.observe_pass(plan.asked, times.own, times.inject)
+        else:
+            costs.observe_overhead(times.own)
         self._learn(
             [(o, x) for i, (o, x) in enumerate(zip(outcomes, plan.logits, strict=True)) if i not in self._watched]
         )
         if plan.passed:
-            costs.observe_draft(plan.asked, plan.passed, times.draft)
+            costs.observe_draft(plan.asked, plan.passed, plan.depth, times.draft)
         if plan.passed and not self._watched:
             extra = float(plan.verify[plan.verified] - plan.verify[0]) / plan.plain
             self._count_pass([o.draft for o in outcomes], plan.survival, plan.expected, extra)

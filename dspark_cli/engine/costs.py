@@ -7,7 +7,7 @@ was measured yet is a value taken from its measured neighbours.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,19 +87,23 @@ class Curve:
 class CostModel:
     """Costs of one loaded pair.
 
-    verify:    tokens in the target's pass -> ms, at `depth` cached tokens a sequence
-    slope:     ms that one more cached token adds to a pass: slope[0] + slope[1] * tokens
-    draft:     tokens asked for -> ms of the drafter's pass; None without a pass
-    inject_ms: handing a round's features to the drafter
-    own_ms:    overhead of a round outside all passes;  pass_own_ms: the same where the drafter's pass ran
-    measured:  whether a profile stands behind this; else only the online refinement does
+    verify:      tokens in the target's pass -> ms, at `depth` cached tokens a sequence
+    slope:       ms that one more cached token adds to a pass: slope[0] + slope[1] * tokens
+    draft:       tokens asked for -> ms of the drafter's pass for one sequence at `depth`; None without a pass
+    several:     the same for some other number of sequences: (sequences, curve); None where only one was measured
+    draft_slope: ms that one more cached token of one sequence adds to it: draft_slope[0] + draft_slope[1] * tokens asked for
+    inject:      sequences -> ms of handing a round's features to the drafter; None if nothing was handed over yet
+    own_ms:      overhead of a round outside all passes;  pass_own_ms: the same where the drafter's pass ran
+    measured:    whether a profile stands behind this; else only the online refinement does
     """
 
     verify: Curve
     depth: int = 0
     slope: tuple[float, float] = (0.0, 0.0)
     draft: Curve | None = None
-    inject_ms: float = 0.0
+    several: tuple[int, Curve] | None = None
+    draft_slope: tuple[float, float] = (0.0, 0.0)
+    inject: Curve | None = None
     own_ms: float = 0.3
     pass_own_ms: float = 0.3
     measured: bool = True
@@ -125,15 +129,44 @@ class CostModel:
         """ms of a round of plain decoding."""
         return float(self.verify_ms(shared, depth, shared)[shared]) + self.own_ms
 
-    def pass_ms(self, shared: int, block: int) -> float:
-        """ms that drafting `block` tokens each for `shared` sequences adds to a round, injection included."""
+    def pass_ms(self, shared: int, block: int, depth: float | None = None) -> float:
+        """ms that drafting `block` tokens each for `shared` sequences adds to a round, injection included.
+
+        depth: cached tokens a sequence; None = as profiled
+        """
         if self.draft is None:
             return 0.0
-        extra = self.inject_ms + max(0.0, self.pass_own_ms - self.own_ms)
-        return _of(self._shared_draft, self.draft, shared).at(block) * self.drift + extra
+        inject = 0.0 if self.inject is None else self.inject.at(shared) * self.drift
+        return self._draft_ms(shared, block, depth) + inject + max(0.0, self.pass_own_ms - self.own_ms)
+
+    def _draft_ms(self, shared: int, block: int, depth: float | None) -> float:
+        """ms of the drafter's pass alone, as of now."""
+        ms = self._draft_curve(shared).at(block)
+        if depth is not None:
+            ms = max(0.5 * ms, ms + (depth - self.depth) * shared * (self.draft_slope[0] + self.draft_slope[1] * block))
+        return ms * self.drift
+
+    def _draft_curve(self, shared: int) -> Curve:
+        """Each number of sequences has a curve of its own, at first on the line through the two that were measured."""
+        assert self.draft is not None
+        if shared == 1:
+            return self.draft
+        if shared not in self._shared_draft:
+            known = self.draft.known
+            if self.several is not None:
+                sequences, curve = self.several
+                share = (shared - 1) / (sequences - 1)
+                known = {n: max(ms, ms + share * (curve.at(n) - ms)) for n, ms in self.draft.known.items()}
+            self._shared_draft[shared] = Curve(known)
+        return self._shared_draft[shared]
 
     def _curve(self, shared: int) -> Curve:
-        return _of(self._shared_verify, self.verify, shared)
+        """Each number of sequences has a curve of its own, that starts as the profile and is refined by its own rounds."""
+        if shared == 1:
+            return self.verify
+        if shared not in self._shared_verify:
+            self._shared_verify[shared] = Curve(self.verify.known)
+        return self._shared_verify[shared]
 
     def observe_verify(self, shared: int, tokens: int, depth: float, ms: float) -> None:
         """A pass over `tokens` took `ms`. A clock that stood still or went back is no observation."""
@@ -145,28 +178,33 @@ class CostModel:
             self.drift *= ratio
             self.measured = True
             return
-        ratio = min(max(ratio, 1 / OUTLIER), OUTLIER)
+        ratio = _bounded(ratio)
         self.drift *= ratio**DRIFT_RATE
         self._curve(shared).refine(tokens, ratio ** (1 - DRIFT_RATE))
 
-    def observe_draft(self, shared: int, block: int, ms: float) -> None:
-        """A drafter's pass of `block` tokens for each of `shared` sequences took `ms`."""
+    def observe_draft(self, shared: int, block: int, depth: float, ms: float) -> None:
+        """A drafter's pass of `block` tokens for each of `shared` sequences with `depth` cached tokens took `ms`."""
         if not (math.isfinite(ms) and ms > 0):
             return
         if self.draft is None:
             self.draft = Curve({block: ms / self.drift})
             return
-        curve = _of(self._shared_draft, self.draft, shared)
-        now = curve.at(block) * self.drift
-        curve.refine(block, min(max(ms / now, 1 / OUTLIER), OUTLIER) if now > 0 else 1.0)
+        now = self._draft_ms(shared, block, depth)
+        self._draft_curve(shared).refine(block, _bounded(ms / now) if now > 0 else 1.0)
 
-    def observe_overhead(self, own_ms: float, inject_ms: float | None) -> None:
-        """A round's time outside the passes; `inject_ms` is None where the drafter's pass did not run."""
-        if inject_ms is None:
-            self.own_ms = _smoothed(self.own_ms, own_ms)
-        else:
-            self.pass_own_ms = _smoothed(self.pass_own_ms, own_ms)
-            self.inject_ms = _smoothed(self.inject_ms, inject_ms)
+    def observe_overhead(self, own_ms: float) -> None:
+        """A round's time outside the passes, where the drafter's did not run."""
+        self.own_ms = _smoothed(self.own_ms, own_ms)
+
+    def observe_pass(self, shared: int, own_ms: float, inject_ms: float) -> None:
+        """The same where it did, for `shared` sequences, whose features took `inject_ms`."""
+        self.pass_own_ms = _smoothed(self.pass_own_ms, own_ms)
+        if not (math.isfinite(inject_ms) and inject_ms > 0):
+            return
+        if self.inject is None:
+            self.inject = Curve({shared: inject_ms / self.drift})
+        # After a pause all that waited goes in at once: bounded, such a round moves little.
+        self.inject.refine(shared, _bounded(inject_ms / (self.inject.at(shared) * self.drift)))
 
     @property
     def disagrees(self) -> bool:
@@ -179,7 +217,9 @@ class CostModel:
             "depth": self.depth,
             "slope": list(self.slope),
             "draft": None if self.draft is None else self.draft.known,
-            "inject_ms": self.inject_ms,
+            "several": None if self.several is None else {"sequences": self.several[0], "ms": self.several[1].known},
+            "draft_slope": list(self.draft_slope),
+            "inject": None if self.inject is None else self.inject.known,
             "own_ms": self.own_ms,
             "pass_own_ms": self.pass_own_ms,
         }
@@ -191,30 +231,33 @@ class CostModel:
         def curve(points: Mapping[str, float]) -> Curve:
             return Curve({int(n): float(ms) for n, ms in dict(points).items()})
 
+        def pair(slope: Sequence[float]) -> tuple[float, float]:
+            first, second = map(float, slope)
+            return first, second
+
         verify = curve(raw["verify"])
-        draft = None if raw["draft"] is None else curve(raw["draft"])
-        first, second = map(float, raw["slope"])
-        overhead = [float(raw[name]) for name in ("inject_ms", "own_ms", "pass_own_ms")]
-        if min(verify.known.values()) <= 0 or not all(0 <= ms < math.inf for ms in overhead):
+        draft, inject = (None if raw[name] is None else curve(raw[name]) for name in ("draft", "inject"))
+        several = None if raw["several"] is None else (int(raw["several"]["sequences"]), curve(raw["several"]["ms"]))
+        own_ms, pass_own_ms = float(raw["own_ms"]), float(raw["pass_own_ms"])
+        if min(verify.known.values()) <= 0 or not all(0 <= ms < math.inf for ms in (own_ms, pass_own_ms)):
             raise ValueError("not a cost profile")
+        if several is not None and several[0] < 2:
+            raise ValueError("several sequences are at least 2")
         return cls(
             verify,
             int(raw["depth"]),
-            (first, second),
+            pair(raw["slope"]),
             draft,
-            inject_ms=overhead[0],
-            own_ms=overhead[1],
-            pass_own_ms=overhead[2],
+            several,
+            pair(raw["draft_slope"]),
+            inject,
+            own_ms=own_ms,
+            pass_own_ms=pass_own_ms,
         )
 
 
-def _of(curves: dict[int, Curve], base: Curve, shared: int) -> Curve:
-    """Each number of sequences has a curve of its own, that starts as the profile and is refined by its own rounds."""
-    if shared == 1:
-        return base
-    if shared not in curves:
-        curves[shared] = Curve(base.known)
-    return curves[shared]
+def _bounded(ratio: float) -> float:
+    return min(max(ratio, 1 / OUTLIER), OUTLIER)
 
 
 def _smoothed(old: float, new: float) -> float:

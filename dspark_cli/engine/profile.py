@@ -16,21 +16,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from platformdirs import user_cache_path
 
-from dspark_cli.backends.base import Drafter, DraftRequest, Row, Target
+from dspark_cli.backends.base import Drafter, DraftRequest, FloatArray, Row, Target
 from dspark_cli.backends.machine import installed, processor
 from dspark_cli.engine.costs import CostModel, Curve
 
-SCHEMA = "dspark-profile/1"
+SCHEMA = "dspark-profile/2"
 BUDGET_S = 4.0
 REPEATS = 3  # fewest repetitions of a finished profile
 MOST_REPEATS = 7
 WIDE = 0.2  # quartiles further apart than this share of the median: the machine is busy, the profile is not kept
 SHALLOW, DEEP = 32, 512  # cached tokens at which passes are measured
+SEVERAL = 8  # sequences at most whose shared drafts are measured: what more of them cost goes on from there
+TAKEN_IN = 2  # tokens of a sequence whose features a round hands over, about
 HEADER_BYTES = 1 << 20
 # Widths of passes, most telling first; the widest that a drafter asks for goes between.
 FIRST_WIDTHS = (1, 2, 4, 3)
@@ -48,19 +50,33 @@ def budget_s() -> float:
         return BUDGET_S
 
 
+class Job(NamedTuple):
+    """One thing to time: a pass of `kind` (verify, draft, inject) with `depth` cached tokens in each of `sequences`.
+
+    tokens: verified, asked for or handed over, by each sequence
+    """
+
+    kind: str
+    depth: int
+    tokens: int
+    sequences: int = 1
+
+
 @dataclass
 class Profile:
-    """Samples in ms of every job, and what follows from them. Jobs: ("verify", depth, tokens), ("draft", 0, block), ..."""
+    """Samples in ms of every job, and what follows from them."""
 
-    samples: dict[tuple[str, int, int], list[float]] = field(default_factory=dict)
+    samples: dict[Job, list[float]] = field(default_factory=dict)
     depths: tuple[int, int] = (SHALLOW, SHALLOW)
 
-    def add(self, job: tuple[str, int, int], ms: float) -> None:
+    def add(self, job: Job, ms: float) -> None:
         if ms > 0:  # a clock that stood still or went back measured nothing
             self.samples.setdefault(job, []).append(ms)
 
-    def median(self, kind: str, depth: int) -> dict[int, float]:
-        return {n: median(s) for (k, d, n), s in self.samples.items() if k == kind and d == depth}
+    def median(self, kind: str, depth: int, sequences: int = 1) -> dict[int, float]:
+        """Tokens -> ms."""
+        wanted = (kind, depth, sequences)
+        return {j.tokens: median(s) for j, s in self.samples.items() if (j.kind, j.depth, j.sequences) == wanted}
 
     @property
     def repeats(self) -> int:
@@ -79,20 +95,25 @@ class Profile:
 
     def costs(self) -> CostModel:
         """Raises ValueError when nothing was measured."""
-        shallow, deep = self.depths
+        shallow = self.depths[0]
         drafts = self.median("draft", shallow)
-        inject = self.median("inject", shallow)
+        most = max((job.sequences for job in self.samples), default=1)
+        shared = self.median("draft", shallow, most) if most > 1 else {}
+        inject = {j.sequences: median(s) for j, s in self.samples.items() if j.kind == "inject"}
         return CostModel(
             Curve(self.median("verify", shallow)),
             depth=shallow,
-            slope=self._slope(shallow, deep),
+            slope=self._slope("verify"),
             draft=Curve(drafts) if drafts else None,
-            inject_ms=next(iter(inject.values()), 0.0),
+            several=(most, Curve(shared)) if drafts and shared else None,
+            draft_slope=self._slope("draft"),
+            inject=Curve(inject) if inject else None,
         )
 
-    def _slope(self, shallow: int, deep: int) -> tuple[float, float]:
+    def _slope(self, kind: str) -> tuple[float, float]:
         """ms per cached token: a line over the pass's tokens; 0 where the difference is within the noise."""
-        near, far = self.median("verify", shallow), self.median("verify", deep)
+        shallow, deep = self.depths
+        near, far = self.median(kind, shallow), self.median(kind, deep)
         widths = sorted(set(near) & set(far)) if deep > shallow else []
         noise = self.spread
         slopes = [(far[n] - near[n]) / (deep - shallow) if far[n] > near[n] * (1 + noise) else 0.0 for n in widths]
@@ -112,7 +133,7 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
 ) -> Profile:
-    """Profile a pair in about `seconds`. Uses, and leaves empty, sequence 0 of both.
+    """Profile a pair in about `seconds`. Uses, and leaves empty, the first `SEVERAL` sequences of both.
 
     Interleaved: every repetition takes all widths in turn, forth and back, so that drift hits them alike.
     """
@@ -125,24 +146,21 @@ def measure(
     try:
         depth = bench.fill(min(SHALLOW, target.info.n_ctx // 4))
         first = max(bench.verify(1) for _ in range(2))  # warm: the first passes build graphs and wake threads
-        jobs = [("verify", depth, n) for n in _affordable(bench.widths(), first, 0.5 * seconds * 1e3)]
-        if drafter is not None and drafter.has_pass:
-            jobs += [("draft", depth, n) for n in sorted({1, (drafter.pass_block + 1) // 2, drafter.pass_block})]
-            jobs += [("inject", depth, 2)]
-            bench.draft(1)
-            bench.inject(2)
+        jobs = [Job("verify", depth, n) for n in _affordable(bench.widths(), first, 0.5 * seconds * 1e3)]
+        jobs += bench.drafting(depth)
         bench.sample(profile, jobs, REPEATS, clock() + seconds)
         bench.sample(profile, jobs, MOST_REPEATS - REPEATS, end - 0.4 * seconds)
         deep = bench.fill(min(DEEP, target.info.n_ctx // 2), until=end - 0.2 * seconds)
         profile.depths = (depth, deep)
         if deep >= depth + 64:
-            far = [("verify", deep, n) for kind, _, n in jobs if kind == "verify" and n in (1, 4, bench.widest)]
+            telling = {"verify": (1, 4, bench.widest), "draft": (1, bench.pass_block)}
+            far = [
+                Job(j.kind, deep, j.tokens) for j in jobs if j.sequences == 1 and j.tokens in telling.get(j.kind, ())
+            ]
             bench.sample(profile, far, REPEATS, end)
-            profile.samples = {k: s for k, s in profile.samples.items() if len(s) >= 2 or k[1] == depth}
+            profile.samples = {j: s for j, s in profile.samples.items() if len(s) >= 2 or j.depth == depth}
     finally:
-        for keeper in (target, drafter):
-            if keeper is not None:
-                keeper.drop(0)
+        bench.clean()
     return profile
 
 
@@ -158,13 +176,16 @@ def _affordable(widths: Sequence[int], first_ms: float, budget_ms: float) -> lis
 
 
 class _Bench:
-    """Single passes on sequence 0, each undone after it was timed."""
+    """Single passes on sequence 0, and drafts of several sequences, each undone after it was timed."""
 
     def __init__(self, target: Target, drafter: Drafter | None, clock: Callable[[], float]) -> None:
         self.target, self.drafter, self.clock = target, drafter, clock
         self.tell: Callable[[], None] = lambda: None  # after each pass; may raise to end the measurement
         self._ids = np.random.default_rng(0).integers(0, target.info.n_vocab, size=4096).tolist()
+        self._committed: list[tuple[list[int], FloatArray | None]] = []  # what `fill` gave the drafter
         self.widest = min((drafter.block_size if drafter else 0) + 1, target.max_rows)
+        self.pass_block = drafter.pass_block if drafter is not None and drafter.has_pass else 0
+        self._sequences = min(SEVERAL, target.info.n_seq)
 
     def widths(self) -> list[int]:
         """Tokens per pass worth measuring, most telling first; with several sequences also what all of them may need."""
@@ -172,51 +193,86 @@ class _Bench:
         order = (*FIRST_WIDTHS, self.widest, *MORE_WIDTHS, most)
         return list(dict.fromkeys(n for n in order if n <= most))
 
+    def drafting(self, depth: int) -> list[Job]:
+        """What is to be known of the drafter's pass, warm; of several sequences each as long as the first."""
+        if not self.pass_block:
+            return []
+        assert self.drafter is not None
+        jobs = [Job("draft", depth, n) for n in sorted({1, (self.pass_block + 1) // 2, self.pass_block})]
+        jobs += [Job("inject", depth, TAKEN_IN)]
+        if self._sequences > 1:
+            for seq in range(1, self._sequences):
+                self.target.fork(0, seq)
+                for tokens, features in self._committed:  # not forked: as many cells as sequences have of their own
+                    self.drafter.observe(seq, tokens, features)
+            jobs += [Job("draft", depth, n, self._sequences) for n in sorted({1, self.pass_block})]
+            jobs += [Job("inject", depth, TAKEN_IN, self._sequences)]
+        for sequences in {1, self._sequences}:
+            self.draft(1, sequences)
+            self.inject(TAKEN_IN, sequences)
+        return jobs
+
     def fill(self, depth: int, until: float = float("inf")) -> int:
         """Grow the cached text to `depth` tokens, or as far as time allows; returns its length."""
         while (length := self.target.length(0)) < depth and self.clock() < until:
             chunk = self._ids[length : min(depth, length + 64)]
             output = self.target.step([Row(0, chunk, n_logits=1)])[0]
             if self.drafter is not None:
-                self.drafter.observe(0, chunk, output.features)
-        if self.drafter is not None and self.drafter.has_pass:
-            self.drafter.propose([DraftRequest(0, self._ids[0], 1)])  # takes in what waits
+                features = None if output.features is None else output.features.copy()
+                self._committed.append((chunk, features))
+                self.drafter.observe(0, chunk, features)
+        if self.pass_block:
+            self.draft(1, 1)  # takes in what waits
         return self.target.length(0)
 
-    def verify(self, tokens: int) -> float:
+    def verify(self, tokens: int, sequences: int = 1) -> float:
+        assert sequences == 1
         length, native, began = self.target.length(0), self.target.native_ms, self.clock()
         self.target.step([Row(0, self._ids[:tokens])])
         wall = (self.clock() - began) * 1e3
         self.target.rewind(0, length)
         return (self.target.native_ms - native) or wall
 
-    def draft(self, block: int) -> float:
+    def draft(self, block: int, sequences: int) -> float:
         assert self.drafter is not None
         began = self.clock()
-        self.drafter.propose([DraftRequest(0, self._ids[1], block)])
+        self.drafter.propose([DraftRequest(seq, self._ids[1], block) for seq in range(sequences)])
         return (self.clock() - began) * 1e3
 
-    def inject(self, tokens: int) -> float:
+    def inject(self, tokens: int, sequences: int) -> float:
         """Handing over features, through `propose` where the drafter puts it off."""
         assert self.drafter is not None
-        length = self.target.length(0)
-        output = self.target.step([Row(0, self._ids[:tokens])])[0]
+        length, ids = self.target.length(0), self._ids[:tokens]
+        outputs = self.target.step([Row(seq, ids, n_logits=1) for seq in range(sequences)])
         delayed, began = self.drafter.inject_ms, self.clock()
-        self.drafter.observe(0, self._ids[:tokens], output.features)
+        for seq, output in enumerate(outputs):
+            self.drafter.observe(seq, ids, output.features)
         wall = (self.clock() - began) * 1e3
-        self.drafter.propose([DraftRequest(0, self._ids[1], 1)])
-        for keeper in (self.target, self.drafter):
-            keeper.rewind(0, length)
+        self.draft(1, sequences)
+        for seq in range(sequences):
+            self.target.rewind(seq, length)
+            self.drafter.rewind(seq, length)
         return wall + self.drafter.inject_ms - delayed
 
-    def sample(self, profile: Profile, jobs: Sequence[tuple[str, int, int]], repeats: int, until: float) -> None:
-        run = {"verify": self.verify, "draft": self.draft, "inject": self.inject}
+    def sample(self, profile: Profile, jobs: Sequence[Job], repeats: int, until: float) -> None:
+        run: dict[str, Callable[[int, int], float]] = {
+            "verify": self.verify,
+            "draft": self.draft,
+            "inject": self.inject,
+        }
         for repeat in range(repeats):
             for job in jobs if repeat % 2 == 0 else list(reversed(jobs)):
                 if self.clock() >= until:
                     return
-                profile.add(job, run[job[0]](job[2]))
+                profile.add(job, run[job.kind](job.tokens, job.sequences))
                 self.tell()
+
+    def clean(self) -> None:
+        """Leave nothing behind."""
+        for seq in range(self._sequences):
+            self.target.drop(seq)
+            if self.drafter is not None:
+                self.drafter.drop(seq)
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------------

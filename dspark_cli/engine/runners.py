@@ -1,8 +1,9 @@
 """Who runs a block drafter beside a GGUF target: libllama, or torch.
 
 Drafter and target need not share a backend: features cross as arrays. libllama runs `dflash` GGUF files only, torch runs
-those and checkpoint folders (gated and RNN heads, Eagle3, Gemma4-style blocks). Which is cheaper differs per machine, so
-`dspark calibrate` times both and the answer is kept.
+those and checkpoint folders (gated and RNN heads, Eagle3, Gemma4-style blocks). Which is cheaper differs by machine and by
+the number of sequences (libllama's Markov chain costs the same for each, torch's hardly more for eight than for one), so both
+are timed once and the answer is kept: by `dspark calibrate` for one sequence, by the first session of several for that many.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,19 +22,21 @@ from statistics import median
 import numpy as np
 from platformdirs import user_cache_path
 
-from dspark_cli.backends.base import BadInput, Drafter, DraftRequest, NotReady, Row
+from dspark_cli.backends.base import BadInput, Drafter, DraftRequest, DsparkError, FloatArray, NotReady, Row
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter, facts_of
 from dspark_cli.backends.llamacpp.header import read_header
 from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.backends.machine import installed, processor
-from dspark_cli.engine.profile import file_facts
+from dspark_cli.engine.profile import budget_s, file_facts
 
 RUNNERS = ("auto", "llamacpp", "torch")
 BETTER = 0.9  # of the other's time: torch takes a second to import, and must be worth it
 REPEATS = 9
 CONTEXT = 64  # tokens of context that the passes are timed with
+TAKEN_IN = 2  # tokens a sequence of which each pass takes in the features
+SEVERAL = 8  # sequences at most that are timed together
 
 
 def open_block_drafter(path: Path, target: LlamaCppTarget, options: ContextOptions, runner: str = "auto") -> Drafter:
@@ -48,13 +51,30 @@ def open_block_drafter(path: Path, target: LlamaCppTarget, options: ContextOptio
             f"{path.name} is a checkpoint folder, which llama.cpp cannot run",
             hint=f"dspark convert {path} drafter.gguf --target {target.info.path}",
         )
-    if path.is_dir() or runner == "torch" or (runner == "auto" and remembered(path, target) == "torch"):
-        return _torch_drafter(path, target, options.threads)
-    return LlamaCppDrafter(path, target, options)
+    if runner == "auto":
+        runner = "torch" if path.is_dir() else _cheaper(path, target, options)
+    return (
+        _torch_drafter(path, target, options.threads) if runner == "torch" else LlamaCppDrafter(path, target, options)
+    )
+
+
+def _cheaper(path: Path, target: LlamaCppTarget, options: ContextOptions) -> str:
+    """Who runs the drafter, as timed before; for several sequences now, if never before. libllama where nothing is known."""
+    known = remembered(path, target)
+    if known is None and target.info.n_seq > 1 and _torch_is_here() and budget_s() >= 1:
+        try:
+            known = remember(path, target, compare(path, target, options))
+        except DsparkError:  # libllama says what is wrong with the pair, or runs what torch cannot
+            return "llamacpp"
+    return known or "llamacpp"
+
+
+def _torch_is_here() -> bool:
+    return find_spec("torch") is not None and find_spec("safetensors") is not None
 
 
 def _torch_drafter(path: Path, target: LlamaCppTarget, threads: int | None) -> Drafter:
-    if find_spec("torch") is None or find_spec("safetensors") is None:
+    if not _torch_is_here():
         raise NotReady(f"{path.name} needs torch to draft, not installed here", hint="pip install 'dspark[torch]'")
     import torch
 
@@ -98,26 +118,37 @@ def time_runners(path: Path | None, model: Path, options: ContextOptions) -> dic
 
 
 def compare(path: Path, target: LlamaCppTarget, options: ContextOptions) -> dict[str, float]:
-    """Median ms of a whole draft pass by runner, interleaved; without torch only libllama's."""
-    able = [r for r in RUNNERS[1:] if r != "torch" or (find_spec("torch") and find_spec("safetensors"))]
-    drafters = {r: open_block_drafter(path, target, options, r) for r in able}
-    layers = next(iter(drafters.values())).feature_layers
-    target.request_features(layers)
-    try:
+    """Median ms, by runner, of taking in a round's features and drafting a whole block, for all sequences of the target
+    (`SEVERAL` at most); interleaved. Without torch only libllama's."""
+    able = [r for r in RUNNERS[1:] if r != "torch" or _torch_is_here()]
+    with ExitStack() as stack:
+        drafters = {r: stack.enter_context(open_block_drafter(path, target, options, r)) for r in able}
+        target.request_features(next(iter(drafters.values())).feature_layers)
+        stack.callback(target.drop, 0)
         ids = np.random.default_rng(0).integers(0, target.info.n_vocab, CONTEXT).tolist()
         features = target.step([Row(0, ids, n_logits=1)])[0].features
+        assert features is not None
+        seqs = range(_sequences(target))
         for drafter in drafters.values():
-            drafter.observe(0, ids, features)
-        passes = {r: _passes(d, ids[0]) for r, d in drafters.items()}
-        return _interleaved(passes, REPEATS)
-    finally:
-        for drafter in drafters.values():
-            drafter.close()
-        target.drop(0)
+            drafter.observe_all([(seq, ids, features) for seq in seqs])
+        some = features[:TAKEN_IN].copy()
+        return _interleaved({r: _passes(d, ids, some, seqs) for r, d in drafters.items()}, REPEATS)
 
 
-def _passes(drafter: Drafter, anchor: int) -> Callable[[], object]:
-    return lambda: drafter.propose([DraftRequest(0, anchor, drafter.block_size)])
+def _sequences(target: LlamaCppTarget) -> int:
+    return min(target.info.n_seq, SEVERAL)
+
+
+def _passes(drafter: Drafter, ids: list[int], features: FloatArray, seqs: Sequence[int]) -> Callable[[], object]:
+    """What a round costs beside verifying: take in features of a few tokens, draft a block."""
+
+    def draft() -> None:
+        drafter.observe_all([(seq, ids[: len(features)], features) for seq in seqs])
+        drafter.propose([DraftRequest(seq, ids[0], drafter.block_size) for seq in seqs])
+        for seq in seqs:
+            drafter.rewind(seq, len(ids))
+
+    return draft
 
 
 def _interleaved(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -134,7 +165,7 @@ def _interleaved(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[st
 def remember(path: Path, target: LlamaCppTarget, times: dict[str, float]) -> str:
     """Keep which runner is cheaper for this drafter on this machine; returns it."""
     best = "torch" if times.get("torch", np.inf) < BETTER * times["llamacpp"] else "llamacpp"
-    place, key = _place(path), _key(path, target)
+    place, key = _place(path, target), _key(path, target)
     unfinished = place.with_suffix(f".{os.getpid()}.part")
     with suppress(OSError):  # a cache that cannot be written only costs the choice
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -148,14 +179,14 @@ def remembered(path: Path, target: LlamaCppTarget) -> str | None:
     if find_spec("torch") is None:
         return None
     try:
-        raw = json.loads(_place(path).read_text(encoding="utf-8"))
+        raw = json.loads(_place(path, target).read_text(encoding="utf-8"))
         return str(raw["runner"]) if raw["key"] == json.loads(json.dumps(_key(path, target))) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _place(path: Path) -> Path:
-    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]
+def _place(path: Path, target: LlamaCppTarget) -> Path:
+    name = hashlib.sha256(f"{path.absolute()} {_sequences(target)}".encode()).hexdigest()[:24]
     return user_cache_path("dspark") / "runners" / f"{name}.json"
 
 

@@ -118,6 +118,30 @@ def test_sampled_rows_follow_the_sampled_chain(
     assert draft.probs.argmax(axis=1).tolist() == draft.tokens.tolist()
 
 
+def test_several_sequences_take_in_features_in_one_pass_as_one_by_one(
+    target: LlamaCppTarget, random: Path, ids: list[int], features: FloatArray
+) -> None:
+    lengths = [3, len(ids), 9]
+    requests = [DraftRequest(seq, 1000, 5) for seq in range(3)]
+    drafts = []
+    with LlamaCppDrafter(random, target, ContextOptions(ctx=256, n_seq=3, threads=1)) as drafter:
+        for together in (False, True):
+            committed = [(seq, ids[:n], features[:n]) for seq, n in enumerate(lengths)]
+            if together:
+                drafter.observe_all(committed)
+            else:
+                for part in committed:
+                    drafter.observe(*part)
+            assert [drafter.context.length(seq) for seq in range(3)] == lengths
+            drafts.append(drafter.propose(requests))
+            for seq in range(3):
+                drafter.drop(seq)
+        drafter.observe_all([])
+    for one, other in zip(*drafts, strict=True):
+        same(one, other)
+    assert len({tuple(d.tokens.tolist()) for d in drafts[0]}) > 1, "the sequences would be told apart"
+
+
 def test_reduced_vocabulary_gives_target_ids(target: LlamaCppTarget, folder: Path) -> None:
     spec = replace(REDUCED, draft_vocab=512)
     ids = synthetic.random_tensors(spec)["d2t"]
