@@ -10,6 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -113,11 +114,11 @@ JAGGED = {1: 10.0, 2: 17.5, 3: 17.6, 4: 17.7}
 
 
 def jagged_auto(kind: type[AutoSchedule] = AutoSchedule, *, learns: bool = True) -> AutoSchedule:
-    schedule = kind(CostModel(Curve(JAGGED), draft=Curve({3: 0.1}), own_ms=0.0, pass_own_ms=0.0))
-    if not learns:  # keeps believing the drafter, and never parks
-        schedule.beliefs = {"table": Belief(platt=Credulous())}
-        schedule.pass_guard = Guard(patience=(1e9, 1e9))
-    return schedule
+    costs = CostModel(Curve(JAGGED), draft=Curve({3: 0.1}), own_ms=0.0, pass_own_ms=0.0)
+    if learns:
+        return kind(costs)
+    # Keeps believing the drafter, and never parks.
+    return kind(costs, beliefs={"table": Belief(platt=Credulous())}, guard=partial(Guard, patience=(1e9, 1e9)))
 
 
 class Credulous(OnlinePlatt):

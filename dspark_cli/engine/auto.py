@@ -7,8 +7,9 @@ output keeps the target's law. What a token is worth is counted in tokens of pla
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +25,7 @@ from dspark_cli.engine.schedule import Outcome, Schedule, likely
 OWN_HISTORY = ("lookup",)  # drafters whose confidence is what became of their recent drafts
 FADE = 0.98  # the recent past that a round's rate is counted with: about 50 rounds
 TRIAL = 2  # tokens of a sampled draft that a trial verifies at most (a deterministic one is watched, none is verified)
-WATCHED = 4  # requests whose drafts a trial watches at most
+WATCHED = 2  # requests whose drafts a trial watches at most: the features of each must go in first
 AFTER_PARKING = 0.7  # how much of what was learned of a drafter still counts at a probe
 ENOUGH = 8  # drafts seen before the block to draft is chosen by them
 REVIEW = 32  # rounds between two choices of the block to draft
@@ -124,12 +125,13 @@ class _Plan:
         return max(0.0, float((survival.cumsum() - extra * self.worth).max()))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Trial:
     """Drafts to watch, and what verifying `lengths` of them would have promised.
 
     expected: tokens per request
     cost:     of the round, extra: of verifying alone, spent: of drafting to watch, in plain tokens
+    regime:   of the round that drafted
     """
 
     watched: Sequence[int]
@@ -139,7 +141,27 @@ class _Trial:
     expected: float
     cost: float
     extra: float
-    spent: float
+    regime: _Regime
+    spent: float = 0.0
+
+
+@dataclass
+class _Regime:
+    """What was learned in rounds of about the same number of requests: what pays for one may not pay for eight.
+
+    past:    tokens of the recent rounds, and their cost in plain tokens
+    promise: tokens that a pass gains a request, its own cost not counted
+    block:   block to draft, rounds until it is chosen again
+    """
+
+    pass_guard: Guard
+    # A quick draft costs nothing until it is verified, and its first token is judged by the bonus token for free.
+    quick_guard: Guard = field(default_factory=lambda: Guard(first_wait=4))
+    past: tuple[float, float] = (0.0, 0.0)
+    promise: float | None = None
+    block: tuple[int, int] = (0, 0)
+    since_plain: int = 0
+    judged: bool = False  # whether what is known of the drafter was asked if it pays here
 
 
 class AutoSchedule(Schedule):
@@ -149,6 +171,7 @@ class AutoSchedule(Schedule):
     beliefs: drafter source ("dspark", "lookup", ...) -> calibration
     label:   what the user should know of the machine when speculation is parked, such as the target's format
     cap:     most tokens in a verify pass over all requests, from the memory plan
+    guard:   makes the guards of the drafter's pass, one for each about as many requests
     """
 
     name = "auto"
@@ -160,33 +183,46 @@ class AutoSchedule(Schedule):
         beliefs: Mapping[str, Belief] | None = None,
         label: str = "",
         cap: int | None = None,
+        guard: Callable[..., Guard] = Guard,
     ) -> None:
         self.costs = costs or CostModel.unmeasured()
         self.beliefs = dict(beliefs or {})
         self.label = label
         self.cap = cap
-        self.pass_guard = Guard()
-        # A quick draft costs nothing until it is verified, and its first token is judged by the bonus token for free.
-        self.quick_guard = Guard(first_wait=4)
+        self._guard = guard
+        self._regimes: dict[int, _Regime] = {}
+        self._now = self._regime(1)
         self._plan = _Plan(1, 0.0, (), np.zeros(1), 1.0, 1.0)
-        self._past = (0.0, 0.0)  # tokens, and their cost in plain tokens, of the recent rounds
-        self._promise: float | None = None  # tokens that a pass gains a request, its own cost not counted
         self._recent: deque[Array] = deque(maxlen=48)  # survivals [k] of drafts that passes made
-        self._block: tuple[int, int] = (0, 0)  # block to draft, rounds until it is chosen again
         self._pass_sources: set[str] = set()
         self._smooth: tuple[Array, int] = (NOTHING, 0)
         self._parked: str | None = None
-        self._judged_earlier = False
+        self._asked_earlier = False
         self._room = 1 << 30  # draft tokens that the pass has room for
         self._trial: _Trial | None = None  # drafts that are being watched
-        self._since_plain = 0
         self._watched: Sequence[int] = ()  # of the drafts chosen from last
+
+    def _regime(self, requests: int) -> _Regime:
+        about = round(math.log2(requests))
+        if about not in self._regimes:
+            self._regimes[about] = _Regime(self._guard())
+        return self._regimes[about]
+
+    @property
+    def pass_guard(self) -> Guard:
+        """Whether drafting by the drafter's pass pays, for as many requests as decode now."""
+        return self._now.pass_guard
+
+    @property
+    def quick_guard(self) -> Guard:
+        """The same of quick drafts."""
+        return self._now.quick_guard
 
     # -- whether to draft ----------------------------------------------------------------------------------------------
 
     def begin(self, requests: int) -> None:
         if requests == 1:
-            self.pass_guard.hasten()
+            self._regime(1).pass_guard.hasten()
 
     def limit(self, room: int, requests: int) -> int:
         self._room = room
@@ -194,9 +230,10 @@ class AutoSchedule(Schedule):
 
     def block(self, limits: Sequence[int], depth: float) -> list[int]:
         shared = len(limits)
+        self._now = self._regime(shared)
         verify = self.costs.verify_ms(shared, depth, shared + sum(limits))[shared:]
         plain = float(verify[0]) + self.costs.own_ms
-        tokens, cost = self._past
+        tokens, cost = self._now.past
         rate = max(1.0, (tokens + 1.0) / (cost + 1.0))  # plain decoding's, or that of recent rounds if it is better
         self._plan = _Plan(shared, depth, limits, verify, plain, worth=shared * rate / plain)
         return list(limits)
@@ -206,12 +243,14 @@ class AutoSchedule(Schedule):
         wanted = max(blocks)
         if not wanted:
             return [0] * len(blocks)
-        self._judge_earlier_runs(wanted)
+        self._judge_by_what_is_known(wanted)
         if not self.pass_guard.active or self._trial is not None or self._plain_is_due:
             return [0] * len(blocks)
         wanted = min(wanted, self._pass_block(wanted))
         pass_ms = self.costs.pass_ms(plan.shared, wanted, plan.depth)
-        promise = None if self._promise is None else self._promise - pass_ms * plan.worth / plan.shared
+        promise = self._now.promise
+        if promise is not None:
+            promise -= pass_ms * plan.worth / plan.shared
         asked = [
             0 if len(draft) and self._beats(draft, block, promise) else min(block, wanted)
             for block, draft in zip(blocks, quick, strict=True)
@@ -225,8 +264,8 @@ class AutoSchedule(Schedule):
 
     @property
     def _plain_is_due(self) -> bool:
-        tokens, cost = self._past
-        return self._since_plain >= PLAIN_EVERY and tokens < MARGINAL * cost
+        tokens, cost = self._now.past
+        return self._now.since_plain >= PLAIN_EVERY and tokens < MARGINAL * cost
 
     def _beats(self, quick: Draft, block: int, promise: float | None) -> bool:
         """Whether a quick draft gains more than the pass does on average (`promise`, its cost taken off)."""
@@ -235,23 +274,27 @@ class AutoSchedule(Schedule):
         gain = self._plan.gain(self._beliefs([quick])[0][0])
         return gain > 0 and (likely(quick, block) if promise is None else gain >= promise)
 
-    def _judge_earlier_runs(self, block: int) -> None:
-        """Before the first pass: what earlier runs of this drafter saw may say that it pays here, or that it cannot."""
-        if self._judged_earlier:
+    def _judge_by_what_is_known(self, block: int) -> None:
+        """Before the first pass for so many requests: what earlier runs of this drafter saw, or the drafts of this one, may say
+        that it pays here, or that it cannot."""
+        now, plan = self._now, self._plan
+        if now.judged:
             return
-        self._judged_earlier = True
-        known = next((b.survival for source, b in self.beliefs.items() if source != "lookup" and b.survival), ())[
-            :block
-        ]
-        if known:
-            pass_ms = self.costs.pass_ms(self._plan.shared, block, self._plan.depth)
-            rate = self._expected_rate(known)
-            self._recent.extend([np.asarray(known)] * ENOUGH)
-            self.pass_guard = Guard(trusted=rate >= TRUSTED)
-            if rate < HOPELESS:
-                self.pass_guard.park(rate, "expected", trial=2 * pass_ms / self._plan.plain)
+        now.judged = True
+        if not self._asked_earlier:
+            self._asked_earlier = True
+            known = next((b.survival for source, b in self.beliefs.items() if source != "lookup" and b.survival), ())
+            self._recent.extend([np.asarray(known)] * (ENOUGH if known else 0))
+        if len(self._recent) < ENOUGH:
+            return
+        survival = np.mean([_extended(a, block) for a in self._recent], axis=0)
+        rate = self._expected_rate(survival)
+        now.pass_guard = self._guard(trusted=rate >= TRUSTED)
+        if rate < HOPELESS:
+            trial = self.costs.pass_ms(min(plan.shared, WATCHED), block, plan.depth)
+            now.pass_guard.park(rate, "expected", trial=2 * trial / plan.plain)
 
-    def _expected_rate(self, survival: Sequence[float]) -> float:
+    def _expected_rate(self, survival: Array) -> float:
         """Speed over plain decoding if drafts of every request survive as they did on average, at the best block."""
         plan = self._plan
         longest = min(len(survival), (len(plan.verify) - 1) // plan.shared)
@@ -262,9 +305,9 @@ class AutoSchedule(Schedule):
 
     def _pass_block(self, limit: int) -> int:
         """The block whose tokens pay for what drafting them costs, over the drafts of the recent past."""
-        block, left = self._block
+        block, left = self._now.block
         if left > 0:
-            self._block = (block, left - 1)
+            self._now.block = (block, left - 1)
             return block
         best, plan = limit, self._plan
         if len(self._recent) >= ENOUGH and self.costs.draft is not None:
@@ -275,7 +318,7 @@ class AutoSchedule(Schedule):
                 self.costs.pass_ms(plan.shared, b + 1, plan.depth) * plan.worth / plan.shared for b in range(limit)
             ]
             best = int((best_upto - costs).argmax()) + 1
-        self._block = (best, REVIEW if len(self._recent) >= ENOUGH else ENOUGH)
+        self._now.block = (best, REVIEW if len(self._recent) >= ENOUGH else ENOUGH)
         return best
 
     # -- how much to verify --------------------------------------------------------------------------------------------
@@ -297,7 +340,7 @@ class AutoSchedule(Schedule):
         sampled = any(d.probs is not None for d in drafts)
         # Smoothed over all that could have been drafted: how much was is the drafter's knowledge, not the past's.
         ms = self._smoothed(plan.round_ms(len(plan.verify) - 1)) if sampled else plan.round_ms(size)
-        tokens, cost = self._past
+        tokens, cost = self._now.past
         carry = (tokens * plan.shared, min(cost, tokens) * plan.plain)
         cap = self._room if self.cap is None else min(self._room, self.cap - plan.shared)
         return admit(offered, ms, early_stop=sampled, carry=carry, cap=cap)
@@ -330,7 +373,7 @@ class AutoSchedule(Schedule):
             1.0 + scale * self._promised(survival, lengths),
             1.0 + extra + self.costs.pass_ms(plan.shared, plan.passed, plan.depth) / plan.plain,
             extra,
-            plan.pass_ms / plan.plain,
+            self._now,
         )
 
     def watched(self) -> Sequence[int]:
@@ -354,7 +397,7 @@ class AutoSchedule(Schedule):
         self._count_pass(
             [o.draft for o in outcomes], [trial.survival[i] for i in trial.watched], trial.expected, trial.extra
         )
-        self.pass_guard.observe(trial.expected, 1.0 + brought / len(outcomes), trial.cost, spent=trial.spent)
+        trial.regime.pass_guard.observe(trial.expected, 1.0 + brought / len(outcomes), trial.cost, spent=trial.spent)
 
     def _beliefs(self, drafts: Sequence[Draft]) -> tuple[list[Array], list[Array]]:
         """(survivals, logits), one array [k] a draft."""
@@ -400,8 +443,9 @@ class AutoSchedule(Schedule):
         plan, costs, shared = self._plan, self.costs, len(outcomes)
         cost = float(plan.verify[plan.verified] - plan.verify[0] + plan.plain + plan.pass_ms) / plan.plain
         brought = 1.0 + sum(o.accepted for o in outcomes) / shared
-        self._past = (self._past[0] * FADE + brought, self._past[1] * FADE + cost)
-        self._since_plain = self._since_plain + 1 if plan.verified else 0
+        now = self._now
+        now.past = (now.past[0] * FADE + brought, now.past[1] * FADE + cost)
+        now.since_plain = now.since_plain + 1 if plan.verified else 0
         costs.observe_verify(shared, shared + plan.verified, plan.depth, times.verify)
         if plan.passed:
             costs.observe_pass(plan.asked, times.own, times.inject)
@@ -412,6 +456,9 @@ class AutoSchedule(Schedule):
         )
         if plan.passed:
             costs.observe_draft(plan.asked, plan.passed, plan.depth, times.draft)
+        if self._trial is not None and self._watched:
+            # What it really took, with the features that waited.
+            self._trial.spent = (times.draft + times.inject) / plan.plain
         if plan.passed and not self._watched:
             extra = float(plan.verify[plan.verified] - plan.verify[0]) / plan.plain
             self._count_pass([o.draft for o in outcomes], plan.survival, plan.expected, extra)
@@ -426,7 +473,8 @@ class AutoSchedule(Schedule):
         """Remember what a pass was worth: `expected` tokens a request, for `extra` plain tokens of verifying."""
         plan = self._plan
         gain = expected - 1.0 - extra * plan.worth * plan.plain / plan.shared
-        self._promise = gain if self._promise is None else self._promise + 0.1 * (gain - self._promise)
+        before = self._now.promise
+        self._now.promise = gain if before is None else before + 0.1 * (gain - before)
         for draft, a in zip(drafts, survival, strict=True):
             if len(a):
                 self._pass_sources.add(draft.source)
