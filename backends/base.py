@@ -79,6 +79,7 @@ class TargetInfo:
     n_ctx:    positions one sequence may hold
     n_seq:    sequences that may be open at once
     details:  backend facts worth printing in `doctor` (threads, KV type, ...)
+    crowded:  whether the attention of a token passes over the cached tokens of all sequences, not its own only
     """
 
     name: str
@@ -92,6 +93,7 @@ class TargetInfo:
     n_ctx: int
     n_seq: int
     details: dict[str, Any] = field(default_factory=dict)
+    crowded: bool = False
 
 
 class Tokenizer(ABC):

@@ -155,6 +155,8 @@ class TestCosts:
         assert costs.verify_ms(1, 32, 5)[5] == 20.0
         assert costs.verify_ms(1, 132, 5)[5] == pytest.approx(20.0 + 100 * 0.015)
         assert costs.verify_ms(2, 132, 5)[5] == pytest.approx(20.0 + 200 * 0.015)
+        costs.crowded = False  # five tokens of two sequences, each over the 100 more of its own
+        assert costs.verify_ms(2, 132, 5)[5] == pytest.approx(20.0 + 200 * 0.01 + 100 * 0.005)
 
     def test_rounds_refine_the_profile(self) -> None:
         """Width 3 is twice as dear as the profile says, everything else as it says: the model comes to know."""
@@ -212,7 +214,9 @@ class TestCosts:
 
     def test_round_trip(self) -> None:
         verify, draft, eight = Curve({1: 10.0, 3: 14.5}), Curve({4: 2.0}), Curve({4: 9.0})
-        costs = CostModel(verify, 64, (0.1, 0.01), draft, (8, eight), (0.2, 0.02), Curve({1: 0.4, 8: 1.2}), 0.2, 0.25)
+        costs = CostModel(
+            verify, 64, (0.1, 0.01), False, draft, (8, eight), (0.2, 0.02), Curve({1: 0.4, 8: 1.2}), 0.2, 0.25
+        )
         raw = costs.as_dict()
         assert CostModel.from_dict(raw).as_dict() == raw
         assert CostModel.from_dict(json.loads(json.dumps(raw))).pass_ms(5, 4, 100) == costs.pass_ms(5, 4, 100)
@@ -230,7 +234,7 @@ class TestCosts:
         assert costs.pass_ms(8, 4) == pytest.approx(32.0 + 1.9)
         assert costs.pass_ms(2, 4) == pytest.approx(8.0 + 0.7)  # a seventh of the way from one to eight
         assert costs.pass_ms(15, 1) == pytest.approx(16.0 + 3.3)  # and on
-        assert costs.pass_ms(2, 4, 132) == pytest.approx(8.7 + 2 * 100 * 0.009)
+        assert costs.pass_ms(2, 4, 132) == pytest.approx(8.7 + 2 * 100 * (0.001 + 0.002 * 8))
 
     def test_what_a_pass_for_several_cost_is_learned_for_that_many(self) -> None:
         costs = CostModel(Curve({1: 10.0}), draft=Curve({4: 4.0}), several=(8, Curve({4: 20.0})), own_ms=0.0)

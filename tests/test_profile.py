@@ -58,6 +58,7 @@ def test_finds_the_jags_of_the_machine_within_its_time() -> None:
 def test_depth_is_measured() -> None:
     target, drafter, clock = pair(kind=DeepTarget)
     costs = measure(target, drafter, seconds=8.0, clock=clock).costs()
+    assert not costs.crowded
     at = costs.verify_ms(1, 1000, 5)
     assert at[1] == pytest.approx(10.0 + 7.0, rel=0.1)
     assert at[5] == pytest.approx(25.0 + 15.0, rel=0.1)

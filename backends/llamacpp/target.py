@@ -64,6 +64,8 @@ class LlamaCppTarget(Target):
                 "flash_attn": self.context.flash,
                 "gpu_layers": options.gpu_layers,
             },
+            # One cache for all: flash attention on a CPU skips what is masked, everything else computes it.
+            crowded=self.context.flash == "off" or not options.on_cpu,
         )
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, thinking: bool | None = None) -> str:

@@ -88,7 +88,8 @@ class CostModel:
     """Costs of one loaded pair.
 
     verify:      tokens in the target's pass -> ms, at `depth` cached tokens a sequence
-    slope:       ms that one more cached token adds to a pass: slope[0] + slope[1] * tokens
+    slope:       ms that one more cached token of one sequence adds to a pass: slope[0] + slope[1] * tokens
+    crowded:     whether those are all tokens of the pass, of whatever sequence; else that sequence's own
     draft:       tokens asked for -> ms of the drafter's pass for one sequence at `depth`; None without a pass
     several:     the same for some other number of sequences: (sequences, curve); None where only one was measured
     draft_slope: ms that one more cached token of one sequence adds to it: draft_slope[0] + draft_slope[1] * tokens asked for
@@ -100,6 +101,7 @@ class CostModel:
     verify: Curve
     depth: int = 0
     slope: tuple[float, float] = (0.0, 0.0)
+    crowded: bool = True
     draft: Curve | None = None
     several: tuple[int, Curve] | None = None
     draft_slope: tuple[float, float] = (0.0, 0.0)
@@ -119,11 +121,15 @@ class CostModel:
     def verify_ms(self, shared: int, depth: float, size: int) -> Array:
         """ms [size + 1] of a pass by its tokens, for `shared` sequences with `depth` cached tokens each, as of now."""
         curve = self._curve(shared).upto(size)
-        extra = (depth - self.depth) * shared
-        if extra and self.slope != (0.0, 0.0):
+        if depth != self.depth and self.slope != (0.0, 0.0):
             # Never below half of what was measured: the line is fitted on two depths only.
-            curve = np.maximum(curve + extra * (self.slope[0] + self.slope[1] * np.arange(size + 1)), 0.5 * curve)
+            curve = np.maximum(curve + self._deeper(self.slope, shared, depth, np.arange(size + 1.0)), 0.5 * curve)
         return curve * self.drift
+
+    def _deeper(self, slope: tuple[float, float], shared: int, depth: float, tokens: Array | float) -> Any:
+        """ms that a pass of `tokens` over all sequences takes longer than at the profiled depth."""
+        fixed, per_token = slope
+        return (depth - self.depth) * (fixed * shared + per_token * tokens * (shared if self.crowded else 1))
 
     def plain_ms(self, shared: int, depth: float) -> float:
         """ms of a round of plain decoding."""
@@ -143,7 +149,7 @@ class CostModel:
         """ms of the drafter's pass alone, as of now."""
         ms = self._draft_curve(shared).at(block)
         if depth is not None:
-            ms = max(0.5 * ms, ms + (depth - self.depth) * shared * (self.draft_slope[0] + self.draft_slope[1] * block))
+            ms = max(0.5 * ms, ms + self._deeper(self.draft_slope, shared, depth, shared * block))
         return ms * self.drift
 
     def _draft_curve(self, shared: int) -> Curve:
@@ -216,6 +222,7 @@ class CostModel:
             "verify": self.verify.known,
             "depth": self.depth,
             "slope": list(self.slope),
+            "crowded": self.crowded,
             "draft": None if self.draft is None else self.draft.known,
             "several": None if self.several is None else {"sequences": self.several[0], "ms": self.several[1].known},
             "draft_slope": list(self.draft_slope),
@@ -247,6 +254,7 @@ class CostModel:
             verify,
             int(raw["depth"]),
             pair(raw["slope"]),
+            bool(raw["crowded"]),
             draft,
             several,
             pair(raw["draft_slope"]),

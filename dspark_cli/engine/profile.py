@@ -68,6 +68,7 @@ class Profile:
 
     samples: dict[Job, list[float]] = field(default_factory=dict)
     depths: tuple[int, int] = (SHALLOW, SHALLOW)
+    crowded: bool = False  # see TargetInfo
 
     def add(self, job: Job, ms: float) -> None:
         if ms > 0:  # a clock that stood still or went back measured nothing
@@ -104,6 +105,7 @@ class Profile:
             Curve(self.median("verify", shallow)),
             depth=shallow,
             slope=self._slope("verify"),
+            crowded=self.crowded,
             draft=Curve(drafts) if drafts else None,
             several=(most, Curve(shared)) if drafts and shared else None,
             draft_slope=self._slope("draft"),
@@ -138,7 +140,7 @@ def measure(
     Interleaved: every repetition takes all widths in turn, forth and back, so that drift hits them alike.
     """
     seconds = budget_s() if seconds is None else seconds
-    profile = Profile()
+    profile = Profile(crowded=target.info.crowded)
     bench = _Bench(target, drafter, clock)
     end = clock() + seconds
     if progress is not None:
