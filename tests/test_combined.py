@@ -129,15 +129,15 @@ def test_feedback_goes_to_whoever_drafted() -> None:
     model, lookup = Diary(), LookupDrafter()
     drafter = CombinedDrafter(model, lookup)
     drafter.observe(0, [1, 2, 3, 1, 2], features([1, 2, 3, 1, 2]))
-    seen = lookup._seen.sum()
+    seen = lookup._histories[0].seen.sum()
     assert drafter.quick([DraftRequest(0, 3, 4)])[0].tokens.tolist()[:2] == [1, 2]
     drafter.feedback(0, 2, 2)
     assert model.told == []
-    assert lookup._seen.sum() == seen + 2
+    assert lookup._histories[0].seen.sum() == seen + 2
     drafter.propose([DraftRequest(0, 3, 4)])
     drafter.feedback(0, 2, 1)
     assert model.told == [(0, 2, 1)]
-    assert lookup._seen.sum() == seen + 2
+    assert lookup._histories[0].seen.sum() == seen + 2
 
 
 def test_says_what_it_is() -> None:

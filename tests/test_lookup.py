@@ -55,6 +55,45 @@ def test_confidence_grows_with_the_match() -> None:
     assert long.confidence[0] > short.confidence[0]
 
 
+def test_two_places_that_go_on_alike_are_surer_than_one_and_two_that_do_not_are_unsure() -> None:
+    once = with_text([3, 4, 50, 51, 9, 8, 3])
+    twice = with_text([3, 4, 50, 51, 7, 3, 4, 50, 51, 9, 8, 3])
+    apart = with_text([3, 4, 50, 60, 7, 3, 4, 50, 51, 9, 8, 3])
+    sure = {name: propose(d, 4, 3).confidence for name, d in (("once", once), ("twice", twice), ("apart", apart))}
+    assert all(c is not None and len(c) == 3 for c in sure.values())
+    first, second, third = zip(*(c.tolist() for c in sure.values()), strict=True)  # type: ignore[union-attr]
+    assert first[1] == first[2] > first[0]  # the first token is the same at both places
+    assert second[1] > second[0] > second[2]  # the second parts them
+    assert third[2] == third[0]  # if it was right nevertheless, the other place says no more
+
+
+def test_the_place_before_the_latest_goes_round_as_the_latest_does() -> None:
+    drafter = with_text([*[1, 2] * 6, 1])
+    draft = propose(drafter, 2, 6)
+    assert draft.tokens.tolist() == [1, 2, 1, 2, 1, 2]
+    assert draft.confidence is not None
+    assert draft.confidence.min() > 0.8, "both say the same all along"
+
+
+def test_what_was_learned_of_a_text_is_of_that_text() -> None:
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]
+    drafter = with_text(text)
+    drafter.observe(1, text, None)
+    for _ in range(20):
+        propose(drafter, 3, 4)
+        drafter.feedback(0, 1, 0)
+    here, there = propose(drafter, 3, 1).confidence, propose(drafter, 3, 1, seq=1).confidence
+    assert here is not None
+    assert there is not None
+    assert here[0] < 0.3 < there[0]
+    drafter.rewind(0, 10)  # goes on
+    drafter.observe(0, [2], None)
+    np.testing.assert_array_equal(propose(drafter, 3, 1).confidence, here)
+    drafter.rewind(0, 0)  # another text
+    drafter.observe(0, text, None)
+    np.testing.assert_array_equal(propose(drafter, 3, 1).confidence, there)
+
+
 def test_confidence_learns_from_what_was_verified_and_only_from_that() -> None:
     drafter = with_text([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
     before = propose(drafter, 3, 4).confidence
