@@ -36,6 +36,7 @@ class CombinedDrafter(Drafter):
         self.inject_ms = 0.0
         self._clock = clock
         self._waiting: dict[int, list[_Waiting]] = {}
+        self._size: dict[int, int] = {}  # tokens that wait
         self._length: dict[int, int] = {}  # tokens the model has taken in
         self._from_lookup: dict[int, bool] = {}  # whether the last draft of a sequence was lookup's
 
@@ -65,7 +66,8 @@ class CombinedDrafter(Drafter):
         waiting = self._waiting.setdefault(seq, [])
         # A view of the target's last pass: it will not be there any more when it is needed.
         waiting.append((list(tokens), None if features is None else features.copy()))
-        if sum(len(t) for t, _ in waiting) >= WAITING:
+        self._size[seq] = self._size.get(seq, 0) + len(tokens)
+        if self._size[seq] >= WAITING:
             self._inject([seq])
 
     def _inject(self, seqs: Sequence[int]) -> None:
@@ -74,6 +76,7 @@ class CombinedDrafter(Drafter):
         committed = []
         for seq in seqs:
             waiting = self._waiting.pop(seq, [])
+            self._size[seq] = 0
             if waiting:
                 tokens = [token for t, _ in waiting for token in t]
                 parts = [f for _, f in waiting if f is not None]
@@ -91,7 +94,7 @@ class CombinedDrafter(Drafter):
         if length < taken:
             self.model.rewind(seq, length)
             self._length[seq] = taken = length
-        self._waiting[seq] = _first(self._waiting.get(seq, []), length - taken)
+        self._wait(seq, _first(self._waiting.get(seq, []), length - taken))
 
     def fork(self, source: int, destination: int, length: int | None = None) -> None:
         if self.lookup is not None:
@@ -104,7 +107,11 @@ class CombinedDrafter(Drafter):
             self.model.drop(destination)
         self._length[destination] = shared
         waiting = self._waiting.get(source, [])
-        self._waiting[destination] = list(waiting) if length is None else _first(waiting, length - shared)
+        self._wait(destination, list(waiting) if length is None else _first(waiting, length - shared))
+
+    def _wait(self, seq: int, waiting: list[_Waiting]) -> None:
+        self._waiting[seq] = waiting
+        self._size[seq] = sum(len(tokens) for tokens, _ in waiting)
 
     def close(self) -> None:
         self.model.close()

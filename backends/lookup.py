@@ -79,8 +79,13 @@ class LookupDrafter(Drafter):
     def quick(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         return self.propose(requests)
 
+    def _history(self, seq: int) -> _History:
+        if seq not in self._histories:
+            self._histories[seq] = _History()
+        return self._histories[seq]
+
     def _propose(self, request: DraftRequest) -> Draft:
-        history = self._histories.setdefault(request.seq, _History())
+        history = self._history(request.seq)
         context = [*history.tokens[-MAX_MATCH:], request.anchor]
         size = min(request.block, self.block_size)
         places = next((at for n in MATCHES if (at := history.index.get(tuple(context[-n:]))) is not None), None)
@@ -109,7 +114,7 @@ class LookupDrafter(Drafter):
         return size
 
     def observe(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
-        history = self._histories.setdefault(seq, _History())
+        history = self._history(seq)
         start = len(history.tokens)
         history.tokens.extend(tokens)
         for end in range(start, len(history.tokens)):
@@ -131,7 +136,7 @@ class LookupDrafter(Drafter):
                 history.kept[where] /= 2
 
     def rewind(self, seq: int, length: int) -> None:
-        history = self._histories.setdefault(seq, _History())
+        history = self._history(seq)
         if length >= len(history.tokens):
             return
         kept = history.tokens[:length]
@@ -142,4 +147,4 @@ class LookupDrafter(Drafter):
 
     def fork(self, source: int, destination: int, length: int | None = None) -> None:
         self._histories[destination] = _History()
-        self.observe(destination, self._histories.get(source, _History()).tokens[:length], None)
+        self.observe(destination, self._history(source).tokens[:length], None)

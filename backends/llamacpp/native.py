@@ -214,9 +214,22 @@ class Batch:
         return int(lib.llama_decode(ctx, self._struct))
 
 
+_views: dict[tuple[int, int, int], FloatArray] = {}
+
+
 def rows_at(pointer: Any, n_rows: int, width: int) -> FloatArray:
-    """A view [n_rows, width] of native floats; valid until the context decodes again."""
-    return np.ctypeslib.as_array(pointer, shape=(n_rows, width))
+    """A view [n_rows, width] of native floats; valid until the context decodes again.
+
+    Views are kept by address: libllama answers from the same buffers pass after pass, and making a view takes as long as the
+    argmax of its row.
+    """
+    key = (ctypes.cast(pointer, ctypes.c_void_p).value or 0, n_rows, width)
+    view = _views.get(key)
+    if view is None:
+        if len(_views) >= 256:
+            _views.clear()
+        view = _views[key] = np.ctypeslib.as_array(pointer, shape=(n_rows, width))
+    return view
 
 
 def layer_ids(model: Any) -> tuple[int, ...]:

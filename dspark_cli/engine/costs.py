@@ -70,7 +70,7 @@ class Curve:
         self.known[tokens] = self.at(tokens) * ratio**rate
         if fresh:
             self.known = dict(sorted(self.known.items()))
-        if fresh or not (tokens - 1 in self.known and tokens + 1 in self.known):
+        if fresh or not ((tokens == 1 or tokens - 1 in self.known) and tokens + 1 in self.known):
             self._stale = True  # neighbours that were never measured move with it
         else:
             self._ms[tokens] = self.known[tokens]
