@@ -11,7 +11,8 @@ import pytest
 from dspark_cli.backends.base import EMPTY_DRAFT, Draft, DraftRequest
 from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.lookup import LookupDrafter
-from dspark_cli.engine.auto import AutoSchedule, Belief
+from dspark_cli.engine.auto import AutoSchedule
+from dspark_cli.engine.beliefs import Belief
 from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.guard import TRIAL_SHARE, Guard
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions

@@ -20,7 +20,8 @@ from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.backends.standalone import StandaloneDrafter
 from dspark_cli.engine import sampling
 from dspark_cli.engine.admission import Array, admit
-from dspark_cli.engine.auto import AutoSchedule, Belief
+from dspark_cli.engine.auto import AutoSchedule
+from dspark_cli.engine.beliefs import Belief
 from dspark_cli.engine.calibration import OnlinePlatt
 from dspark_cli.engine.costs import CostModel, Curve
 from dspark_cli.engine.decode import Engine

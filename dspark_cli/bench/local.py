@@ -15,7 +15,8 @@ from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.bench.arms import PLAIN, Arm, answer
 from dspark_cli.bench.prompts import KINDS, Prompt
-from dspark_cli.engine.auto import AutoSchedule, Belief
+from dspark_cli.engine.auto import AutoSchedule
+from dspark_cli.engine.beliefs import Belief
 from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off, Threshold

@@ -6,19 +6,18 @@ output keeps the target's law. What a token is worth is counted in tokens of pla
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from dspark_cli.backends.base import Draft
 from dspark_cli.engine.admission import Array, admit, convex_minorant
-from dspark_cli.engine.calibration import OnlinePlatt, PositionHistory, Sts, logit
+from dspark_cli.engine.beliefs import Belief
 from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.guard import Guard
+from dspark_cli.engine.regime import Plan, Regime, Trial
 from dspark_cli.engine.rounds import Times
 from dspark_cli.engine.schedule import Outcome, Schedule, likely
 
@@ -35,133 +34,6 @@ TRUSTED = 1.05  # a drafter that gained this much in earlier runs, at this machi
 HOPELESS = 0.95  # one that would have lost this much is parked before its first pass
 UNKNOWN = "not known yet to pay"  # why nothing is verified while the drafter is watched for the first time
 NOTHING: Array = np.empty(0)
-
-
-@dataclass
-class Belief:
-    """What one drafter's confidences are worth: its STS temperatures, then what its own recent rounds say.
-
-    survival: mean survival by position from earlier runs (shipped, or from `dspark calibrate`); () if unknown
-    learns:   whether recent rounds correct it; not where the drafter's confidence is a record of its recent rounds itself
-    """
-
-    sts: Sts = field(default_factory=Sts)
-    survival: tuple[float, ...] = ()
-    learns: bool = True
-    platt: OnlinePlatt = field(default_factory=OnlinePlatt)
-    history: PositionHistory = field(default_factory=PositionHistory)
-
-    def of(self, drafts: Sequence[Draft]) -> tuple[list[Array], list[Array]]:
-        """(survivals, logits of the confidences after STS) of drafts that are not empty, one array [k] each."""
-        if len(drafts) == 1 and drafts[0].confidence is not None:  # a single request: as quick as it can be
-            x = logit(drafts[0].confidence)  # type: ignore[arg-type]
-            if self.sts.temperatures:
-                x = x / self.sts.upto(len(x))
-            return [self.platt(x).cumprod()], [x]
-        sizes = [len(draft) for draft in drafts]
-        width = max(sizes)
-        if any(d.confidence is None for d in drafts):
-            mean = self.history.upto(width)
-            joined, conditional = logit(mean), mean
-            bounds = [slice(0, n) for n in sizes]
-        else:
-            joined = logit(np.concatenate([d.confidence for d in drafts]))  # type: ignore[misc]
-            if self.sts.temperatures:
-                temperatures = self.sts.upto(width)
-                joined = joined / np.concatenate([temperatures[:n] for n in sizes])
-            conditional = self.platt(joined)
-            ends = list(itertools.accumulate(sizes))
-            bounds = [slice(end - n, end) for end, n in zip(ends, sizes, strict=True)]
-        return [conditional[where].cumprod() for where in bounds], [joined[where] for where in bounds]
-
-    def learn(self, seen: Sequence[tuple[Outcome, Array]]) -> None:
-        """Outcomes of one round with the logits they were judged by."""
-        logits, happened = [], []
-        for outcome, x in seen:
-            reached = min(outcome.judged, outcome.kept + 1)
-            if outcome.draft.confidence is None:
-                self.history.update(reached, outcome.kept)
-                continue
-            logits.append(x[:reached])
-            happened.append((np.arange(reached) < outcome.kept).astype(np.float64))
-        if logits and self.learns:
-            if len(logits) == 1:  # the usual case, without a copy
-                self.platt.update(logits[0], happened[0])
-            else:
-                self.platt.update(np.concatenate(logits), np.concatenate(happened))
-
-
-@dataclass
-class _Plan:
-    """One round on its way from `block` to `observe`.
-
-    verify: ms [1 + all limits] of a pass with 0, 1, ... draft tokens;  plain: ms of a round without any
-    worth:  tokens that all requests together make in a ms
-    passed: the largest block that the drafter's pass drafts, 0 without a pass;  asked: for how many requests
-    pass_ms: what that pass costs
-    """
-
-    shared: int
-    depth: float
-    limits: Sequence[int]
-    verify: Array
-    plain: float
-    worth: float
-    passed: int = 0
-    asked: int = 0
-    pass_ms: float = 0.0
-    survival: Sequence[Array] = ()
-    logits: Sequence[Array] = ()
-    expected: float = 1.0  # tokens per request
-    verified: int = 0
-
-    def round_ms(self, size: int) -> Array:
-        """ms [size + 1] of the round by the number of draft tokens it verifies."""
-        return self.verify[: size + 1] + (self.plain - self.verify[0] + self.pass_ms)
-
-    def gain(self, survival: Array) -> float:
-        """Tokens that verifying the best prefix of a draft gains over not verifying it."""
-        extra = self.verify[1 : len(survival) + 1] - self.verify[0]
-        return max(0.0, float((survival.cumsum() - extra * self.worth).max()))
-
-
-@dataclass
-class _Trial:
-    """Drafts to watch, and what verifying `lengths` of them would have promised.
-
-    expected: tokens per request
-    cost:     of the round, extra: of verifying alone, spent: of drafting to watch, in plain tokens
-    regime:   of the round that drafted
-    """
-
-    watched: Sequence[int]
-    survival: Sequence[Array]
-    logits: Sequence[Array]
-    lengths: Sequence[int]
-    expected: float
-    cost: float
-    extra: float
-    regime: _Regime
-    spent: float = 0.0
-
-
-@dataclass
-class _Regime:
-    """What was learned in rounds of about the same number of requests: what pays for one may not pay for eight.
-
-    past:    tokens of the recent rounds, and their cost in plain tokens
-    promise: tokens that a pass gains a request, its own cost not counted
-    block:   block to draft, rounds until it is chosen again
-    """
-
-    pass_guard: Guard
-    # A quick draft costs nothing until it is verified, and its first token is judged by the bonus token for free.
-    quick_guard: Guard = field(default_factory=lambda: Guard(first_wait=4))
-    past: tuple[float, float] = (0.0, 0.0)
-    promise: float | None = None
-    block: tuple[int, int] = (0, 0)
-    since_plain: int = 0
-    judged: bool = False  # whether what is known of the drafter was asked if it pays here
 
 
 class AutoSchedule(Schedule):
@@ -190,22 +62,22 @@ class AutoSchedule(Schedule):
         self.label = label
         self.cap = cap
         self._guard = guard
-        self._regimes: dict[int, _Regime] = {}
+        self._regimes: dict[int, Regime] = {}
         self._now = self._regime(1)
-        self._plan = _Plan(1, 0.0, (), np.zeros(1), 1.0, 1.0)
+        self._plan = Plan(1, 0.0, (), np.zeros(1), 1.0, 1.0)
         self._recent: deque[Array] = deque(maxlen=48)  # survivals [k] of drafts that passes made
         self._pass_sources: set[str] = set()
         self._smooth: tuple[Array, int] = (NOTHING, 0)
         self._parked: str | None = None
         self._asked_earlier = False
         self._room = 1 << 30  # draft tokens that the pass has room for
-        self._trial: _Trial | None = None  # drafts that are being watched
+        self._trial: Trial | None = None  # drafts that are being watched
         self._watched: Sequence[int] = ()  # of the drafts chosen from last
 
-    def _regime(self, requests: int) -> _Regime:
+    def _regime(self, requests: int) -> Regime:
         about = round(math.log2(requests))
         if about not in self._regimes:
-            self._regimes[about] = _Regime(self._guard())
+            self._regimes[about] = Regime(self._guard())
         return self._regimes[about]
 
     @property
@@ -235,7 +107,7 @@ class AutoSchedule(Schedule):
         plain = float(verify[0]) + self.costs.own_ms
         tokens, cost = self._now.past
         rate = max(1.0, (tokens + 1.0) / (cost + 1.0))  # plain decoding's, or that of recent rounds if it is better
-        self._plan = _Plan(shared, depth, limits, verify, plain, worth=shared * rate / plain)
+        self._plan = Plan(shared, depth, limits, verify, plain, worth=shared * rate / plain)
         return list(limits)
 
     def passes(self, blocks: Sequence[int], quick: Sequence[Draft]) -> list[int]:
@@ -365,7 +237,7 @@ class AutoSchedule(Schedule):
         scale = plan.shared / len(self._watched)
         size = min(round(sum(lengths) * scale), len(plan.verify) - 1)
         extra = float(plan.verify[size] - plan.verify[0]) / plan.plain
-        self._trial = _Trial(
+        self._trial = Trial(
             self._watched,
             survival,
             plan.logits,

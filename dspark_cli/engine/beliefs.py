@@ -1,21 +1,83 @@
-"""Calibration files: what earlier rounds taught about a drafter, shipped beside it or written by `dspark calibrate`."""
+"""What a drafter's confidences are worth: beliefs that rounds correct, and the calibration files that they start from.
+
+The files are shipped beside a drafter or written by `dspark calibrate`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from platformdirs import user_data_path
 
-from dspark_cli.engine.auto import Belief
-from dspark_cli.engine.calibration import Sts
+from dspark_cli.backends.base import Draft
+from dspark_cli.engine.admission import Array
+from dspark_cli.engine.calibration import OnlinePlatt, PositionHistory, Sts, logit
 from dspark_cli.engine.profile import Notice
+from dspark_cli.engine.schedule import Outcome
 
 SCHEMA = "dspark-calibration/1"
+
+
+@dataclass
+class Belief:
+    """What one drafter's confidences are worth: its STS temperatures, then what its own recent rounds say.
+
+    survival: mean survival by position from earlier runs (shipped, or from `dspark calibrate`); () if unknown
+    learns:   whether recent rounds correct it; not where the drafter's confidence is a record of its recent rounds itself
+    """
+
+    sts: Sts = field(default_factory=Sts)
+    survival: tuple[float, ...] = ()
+    learns: bool = True
+    platt: OnlinePlatt = field(default_factory=OnlinePlatt)
+    history: PositionHistory = field(default_factory=PositionHistory)
+
+    def of(self, drafts: Sequence[Draft]) -> tuple[list[Array], list[Array]]:
+        """(survivals, logits of the confidences after STS) of drafts that are not empty, one array [k] each."""
+        if len(drafts) == 1 and drafts[0].confidence is not None:  # a single request: as quick as it can be
+            x = logit(drafts[0].confidence)  # type: ignore[arg-type]
+            if self.sts.temperatures:
+                x = x / self.sts.upto(len(x))
+            return [self.platt(x).cumprod()], [x]
+        sizes = [len(draft) for draft in drafts]
+        width = max(sizes)
+        if any(d.confidence is None for d in drafts):
+            mean = self.history.upto(width)
+            joined, conditional = logit(mean), mean
+            bounds = [slice(0, n) for n in sizes]
+        else:
+            joined = logit(np.concatenate([d.confidence for d in drafts]))  # type: ignore[misc]
+            if self.sts.temperatures:
+                temperatures = self.sts.upto(width)
+                joined = joined / np.concatenate([temperatures[:n] for n in sizes])
+            conditional = self.platt(joined)
+            ends = list(itertools.accumulate(sizes))
+            bounds = [slice(end - n, end) for end, n in zip(ends, sizes, strict=True)]
+        return [conditional[where].cumprod() for where in bounds], [joined[where] for where in bounds]
+
+    def learn(self, seen: Sequence[tuple[Outcome, Array]]) -> None:
+        """Outcomes of one round with the logits they were judged by."""
+        logits, happened = [], []
+        for outcome, x in seen:
+            reached = min(outcome.judged, outcome.kept + 1)
+            if outcome.draft.confidence is None:
+                self.history.update(reached, outcome.kept)
+                continue
+            logits.append(x[:reached])
+            happened.append((np.arange(reached) < outcome.kept).astype(np.float64))
+        if logits and self.learns:
+            if len(logits) == 1:  # the usual case, without a copy
+                self.platt.update(logits[0], happened[0])
+            else:
+                self.platt.update(np.concatenate(logits), np.concatenate(happened))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""What `auto` keeps in mind: the round on its way, drafts that are being watched, and rounds of about as many requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dspark_cli.engine.admission import Array
+from dspark_cli.engine.guard import Guard
+
+
+@dataclass
+class Plan:
+    """One round on its way from `block` to `observe`.
+
+    verify: ms [1 + all limits] of a pass with 0, 1, ... draft tokens;  plain: ms of a round without any
+    worth:  tokens that all requests together make in a ms
+    passed: the largest block that the drafter's pass drafts, 0 without a pass;  asked: for how many requests
+    pass_ms: what that pass costs
+    """
+
+    shared: int
+    depth: float
+    limits: Sequence[int]
+    verify: Array
+    plain: float
+    worth: float
+    passed: int = 0
+    asked: int = 0
+    pass_ms: float = 0.0
+    survival: Sequence[Array] = ()
+    logits: Sequence[Array] = ()
+    expected: float = 1.0  # tokens per request
+    verified: int = 0
+
+    def round_ms(self, size: int) -> Array:
+        """ms [size + 1] of the round by the number of draft tokens it verifies."""
+        return self.verify[: size + 1] + (self.plain - self.verify[0] + self.pass_ms)
+
+    def gain(self, survival: Array) -> float:
+        """Tokens that verifying the best prefix of a draft gains over not verifying it."""
+        extra = self.verify[1 : len(survival) + 1] - self.verify[0]
+        return max(0.0, float((survival.cumsum() - extra * self.worth).max()))
+
+
+@dataclass
+class Trial:
+    """Drafts to watch, and what verifying `lengths` of them would have promised.
+
+    expected: tokens per request
+    cost:     of the round, extra: of verifying alone, spent: of drafting to watch, in plain tokens
+    regime:   of the round that drafted
+    """
+
+    watched: Sequence[int]
+    survival: Sequence[Array]
+    logits: Sequence[Array]
+    lengths: Sequence[int]
+    expected: float
+    cost: float
+    extra: float
+    regime: Regime
+    spent: float = 0.0
+
+
+@dataclass
+class Regime:
+    """What was learned in rounds of about the same number of requests: what pays for one may not pay for eight.
+
+    past:    tokens of the recent rounds, and their cost in plain tokens
+    promise: tokens that a pass gains a request, its own cost not counted
+    block:   block to draft, rounds until it is chosen again
+    """
+
+    pass_guard: Guard
+    # A quick draft costs nothing until it is verified, and its first token is judged by the bonus token for free.
+    quick_guard: Guard = field(default_factory=lambda: Guard(first_wait=4))
+    past: tuple[float, float] = (0.0, 0.0)
+    promise: float | None = None
+    block: tuple[int, int] = (0, 0)
+    since_plain: int = 0
+    judged: bool = False  # whether what is known of the drafter was asked if it pays here
