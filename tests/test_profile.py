@@ -14,7 +14,7 @@ from dspark_cli.engine.auto import AutoSchedule
 from dspark_cli.engine.beliefs import CalibrationFile, load_beliefs, own_path, sha256_of, shipped_path
 from dspark_cli.engine.costs import Curve
 from dspark_cli.engine.decode import Engine
-from dspark_cli.engine.profile import Place, costs_of, measure
+from dspark_cli.engine.profile import Job, Place, Profile, costs_of, measure
 from dspark_cli.engine.rounds import Request
 from simulated import Clock, Machine, TimedDrafter, TimedTarget, steady
 
@@ -64,6 +64,31 @@ def test_depth_is_measured() -> None:
     assert at[5] == pytest.approx(25.0 + 15.0, rel=0.1)
 
 
+def test_a_neighbour_who_comes_and_goes_is_not_taken_for_the_cost_of_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the first three repetitions of some widths take twice as long: the curve is that of the quiet machine."""
+    target, drafter, clock = pair(noise=0.02)
+    step, calls = target.step, [0]
+
+    def disturbed(rows: list[Row]) -> list[RowOutput]:
+        calls[0] += 1
+        before, native = clock(), target.native_ms
+        outputs = step(rows)
+        if len(rows[0].tokens) in (1, 2) and calls[0] % 3:
+            clock.spend(1e3 * (clock() - before))
+            target.native_ms += target.native_ms - native
+        return outputs
+
+    monkeypatch.setattr(target, "step", disturbed)
+    costs = measure(target, drafter, seconds=5.0, clock=clock).costs()
+    for tokens in (1, 2, 3, 4):
+        assert costs.verify.at(tokens) == pytest.approx(JAGGED[tokens], rel=0.1)
+
+
+def test_a_plain_pass_never_costs_more_than_a_wider_one() -> None:
+    profile = Profile({Job("verify", 32, 1): [23.5, 24.0], Job("verify", 32, 2): [21.0, 21.5]}, (32, 32))
+    assert profile.costs().verify.at(1) == 21.0
+
+
 @pytest.mark.parametrize("n_seq", [2, 8, 16])
 def test_drafts_of_several_sequences_are_measured(n_seq: int) -> None:
     target, drafter, clock = pair(noise=0.05, n_seq=n_seq, each=0.5)
@@ -80,7 +105,7 @@ def test_a_slow_target_gets_fewer_widths_not_more_time() -> None:
     target.ms = Curve({n: 40 * ms for n, ms in JAGGED.items()})
     profile = measure(target, drafter, seconds=5.0, clock=clock)
     assert clock() < 20.0
-    assert set(profile.median("verify", profile.depths[0])) == {1, 2, 4}
+    assert set(profile.ms("verify", profile.depths[0])) == {1, 2, 4}
 
 
 def test_sessions_of_the_same_pair_measure_once(tmp_path: Path) -> None:
@@ -177,7 +202,7 @@ def test_a_clock_that_goes_backwards_is_no_measurement() -> None:
 
     target.step = back  # type: ignore[method-assign, assignment]
     profile = measure(target, drafter, seconds=2.0, clock=clock)
-    assert not profile.median("verify", profile.depths[0])
+    assert not profile.ms("verify", profile.depths[0])
     with pytest.raises(ValueError, match="cost curve"):
         profile.costs()
 

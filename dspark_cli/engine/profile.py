@@ -74,10 +74,10 @@ class Profile:
         if ms > 0:  # a clock that stood still or went back measured nothing
             self.samples.setdefault(job, []).append(ms)
 
-    def median(self, kind: str, depth: int, sequences: int = 1) -> dict[int, float]:
-        """Tokens -> ms."""
+    def ms(self, kind: str, depth: int, sequences: int = 1) -> dict[int, float]:
+        """Tokens -> ms when nobody disturbs: the quickest repetition, since neighbours come in bursts and only ever add."""
         wanted = (kind, depth, sequences)
-        return {j.tokens: median(s) for j, s in self.samples.items() if (j.kind, j.depth, j.sequences) == wanted}
+        return {j.tokens: min(s) for j, s in self.samples.items() if (j.kind, j.depth, j.sequences) == wanted}
 
     @property
     def repeats(self) -> int:
@@ -97,12 +97,15 @@ class Profile:
     def costs(self) -> CostModel:
         """Raises ValueError when nothing was measured."""
         shallow = self.depths[0]
-        drafts = self.median("draft", shallow)
+        drafts = self.ms("draft", shallow)
         most = max((job.sequences for job in self.samples), default=1)
-        shared = self.median("draft", shallow, most) if most > 1 else {}
-        inject = {j.sequences: median(s) for j, s in self.samples.items() if j.kind == "inject"}
+        shared = self.ms("draft", shallow, most) if most > 1 else {}
+        inject = {j.sequences: min(s) for j, s in self.samples.items() if j.kind == "inject"}
+        verify = self.ms("verify", shallow)
+        if 1 in verify:  # curves are jagged, but no pass of more tokens does less work than a plain one
+            verify[1] = min(verify.values())
         return CostModel(
-            Curve(self.median("verify", shallow)),
+            Curve(verify),
             depth=shallow,
             slope=self._slope("verify"),
             crowded=self.crowded,
@@ -115,7 +118,7 @@ class Profile:
     def _slope(self, kind: str) -> tuple[float, float]:
         """ms per cached token: a line over the pass's tokens; 0 where the difference is within the noise."""
         shallow, deep = self.depths
-        near, far = self.median(kind, shallow), self.median(kind, deep)
+        near, far = self.ms(kind, shallow), self.ms(kind, deep)
         widths = sorted(set(near) & set(far)) if deep > shallow else []
         noise = self.spread
         slopes = [(far[n] - near[n]) / (deep - shallow) if far[n] > near[n] * (1 + noise) else 0.0 for n in widths]
