@@ -61,12 +61,19 @@ class Repository:
 
 @dataclass
 class HubServer:
-    """Repositories by name; `url` is what HF_ENDPOINT must be. requests: (method, path, Range) of all so far."""
+    """Repositories by name; `url` is what HF_ENDPOINT must be.
+
+    requests: (method, path, Range) of all so far; trusted: hosts that were shown a token
+    elsewhere: content of large files is on another host, to which resolve redirects, as the Hub does it
+    """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     faults: deque[Fault] = field(default_factory=deque)
     info_faults: deque[Fault] = field(default_factory=deque)
+    head_faults: deque[Fault] = field(default_factory=deque)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    trusted: set[str] = field(default_factory=set)
+    elsewhere: bool = False
     pause_s: float = 0.0
     sent: int = 0
 
@@ -100,6 +107,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         self.hub.requests.append((self.command, self.path, self.headers.get("Range")))
+        host = str(self.headers.get("Host")).partition(":")[0]
+        if self.headers.get("Authorization"):
+            self.hub.trusted.add(host)
         try:
             path = unquote(urlsplit(self.path).path)  # through a proxy the path is a whole URL
             if info := _INFO.match(path):
@@ -129,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, name: str, revision: str) -> None:
         if self.hub.info_faults:
             fault = self.hub.info_faults.popleft()
-            self._status(fault.status or 500, fault.headers)
+            self._status(fault.status or 500, fault.headers)  # 200: an answer without content
             return
         repository = self._found(name, revision)
         if repository is None:
@@ -157,11 +167,25 @@ class _Handler(BaseHTTPRequestHandler):
         if file not in repository.files:
             self._status(404, (("X-Error-Code", "EntryNotFound"), ("X-Repo-Commit", repository.commit)))
             return
-        fault = self.hub.faults.popleft() if body and self.hub.faults else Fault()
+        if self.hub.elsewhere and repository.sha256(file) and "localhost" not in str(self.headers.get("Host")):
+            self._redirect(repository, file)
+            return
+        faults = self.hub.faults if body else self.hub.head_faults
+        fault = faults.popleft() if faults else Fault()
         if fault.status is not None:
             self._status(fault.status, fault.headers)
             return
         self._content(repository, file, body, fault)
+
+    def _redirect(self, repository: Repository, file: str) -> None:
+        """What the file is, and where its content lies."""
+        place = f"http://localhost:{self.server.server_address[1]}{self.path}"  # type: ignore[str-bytes-safe]
+        about = (
+            ("X-Repo-Commit", repository.commit),
+            ("X-Linked-Etag", f'"{repository.sha256(file)}"'),
+            ("X-Linked-Size", str(len(repository.files[file]))),
+        )
+        self._status(302, (("Location", place), *about))
 
     def _content(self, repository: Repository, file: str, body: bool, fault: Fault) -> None:
         data = repository.files[file]

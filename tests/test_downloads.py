@@ -201,6 +201,56 @@ def test_the_listing_is_asked_with_patience_too(server: HubServer, status: int, 
     assert len(server.info_faults) == 3
 
 
+def test_content_on_another_host_is_resumed_there_and_never_sees_the_token(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub answers resolve with a redirect to its content network."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    server.elsewhere = True
+    server.faults.extend([Fault(cut=100_000), Fault(status=503), Fault(cut=200_000)])
+    pull("tiny", machine=MACHINE)
+    assert pulled_parts() == PARTS
+    assert not server.faults
+    assert server.trusted == {"127.0.0.1"}
+    spans = [span for name, span in contents(server) if name == "tiny-q4_k_m-00001-of-00003.gguf" and span]
+    assert [span for span in spans if span != "bytes=100000-"], "it did not go on where the second loss left it"
+
+
+@pytest.mark.parametrize(("status", "says"), [(403, "refuses access"), (404, "answered 404")])
+def test_a_refusal_while_a_finished_file_is_linked(server: HubServer, status: int, says: str) -> None:
+    """huggingface-hub asks about the file once more: what it was told is what the user hears, and the bytes stay."""
+    server.head_faults.append(Fault(status=status))
+    with pytest.raises(DsparkError, match=says) as error:
+        pull("tiny", machine=MACHINE)
+    assert "not in the repository" not in str(error.value)
+    server.requests.clear()
+    pull("tiny", machine=MACHINE)
+    assert pulled_parts() == PARTS
+    assert "tiny-q4_k_m-00001-of-00003.gguf" not in dict(contents(server))
+
+
+def test_a_network_that_answers_everything_itself(server: HubServer) -> None:
+    """A log-in page: 200, and no list of files."""
+    server.info_faults.append(Fault(status=200))
+    with pytest.raises(DsparkError, match="does not seem to be a Hub") as error:
+        pull("tiny", machine=MACHINE)
+    assert "log in" in str(error.value.hint)
+
+
+class _Crooked(Repository):
+    """States a hash that is a path."""
+
+    def sha256(self, name: str) -> str:
+        return "../../../../evil"
+
+
+def test_hashes_that_are_paths(server: HubServer) -> None:
+    server.repositories[TARGET] = _Crooked(dict(PARTS))
+    with pytest.raises(DsparkError, match="no usable hash for tiny-q4_k_m-00001"):
+        pull("tiny", machine=MACHINE)
+    assert contents(server) == []
+
+
 def test_a_hub_out_of_reach(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(NotReady, match="cannot be reached"):

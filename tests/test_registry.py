@@ -9,11 +9,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+import dspark_cli.cli.models as models_command
 from dspark_cli.backends.errors import BadInput, DsparkError
+from dspark_cli.cli import app
+from dspark_cli.registry import devices
+from dspark_cli.registry.choose import Machine
 from dspark_cli.registry.models import _load, find, load_models, registry_file
+from dspark_cli.registry.plan import GIB, Device
 from dspark_cli.registry.quants import BITS, part_of, parts_of, quant_of, weight_bytes, whole_name
-from dspark_cli.registry.resolve import check_path, looks_like_path, resolve
+from dspark_cli.registry.resolve import check_path, is_repository, looks_like_path, resolve
 from dspark_cli.registry.schema import Entry
 from tests_support import own_registry
 
@@ -166,6 +172,47 @@ def test_names_that_nearly_match() -> None:
         with pytest.raises(BadInput, match=f"unknown model {re.escape(repr(typed))}") as error:
             find(typed)
         assert near in str(error.value.hint)
+
+
+@pytest.mark.parametrize("name", ["./x", "../x/y", "a/.b", "-a/b", "a/b-", "a--b/c", "a/b..c", "a/b/c", "a b/c", "a/"])
+def test_what_is_no_name_of_a_repository(name: str) -> None:
+    """The Hub's client would refuse it with a traceback."""
+    assert not is_repository(name)
+    for command in (["models", name], ["rm", name]):
+        done = CliRunner().invoke(app, command if not name.startswith("-") else [command[0], "--", name])
+        assert done.exit_code == 2
+        assert f"unknown model {name!r}" in done.stderr
+    own_registry(GOOD.replace("me/mine-GGUF", name))
+    with pytest.raises(DsparkError, match=r"line 5: gguf of model 'mine': no Hub repository \(owner/name\) \(found"):
+        load_models()
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-4B-GGUF", "some.body/a_model.v2", "a/b"])
+def test_names_of_repositories(name: str) -> None:
+    assert is_repository(name)
+
+
+def test_the_table_has_formats_with_sizes_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def table() -> list[str]:
+        return CliRunner().invoke(app, ["models"]).stdout.splitlines()
+
+    assert table()[0].split("  ")[0] == "name"
+    [line] = [line for line in table() if line.startswith("qwen2.5-14b ")]
+    assert "Q4_K_M 9.0 GB to BF16 29.5 GB" in line
+    assert line.rstrip().endswith("small")
+    monkeypatch.setattr(models_command, "WIDE", 200)
+    assert "formats" not in table()[0]
+
+
+def test_one_model_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(Device("cpu", "cpu", 64 * GIB, 60 * GIB))
+    monkeypatch.setattr(devices, "this_machine", lambda: machine)
+    said = CliRunner().invoke(app, ["models", "qwen3-4b"]).stdout
+    assert re.search(r"format +Q8_0 +4\.3 GB  fits cpu, \d\.\d GB with drafter and context\n", said)
+    assert re.search(r"format +BF16 +8\.0 GB  needs a GPU that torch drives \(on the CPU: --backend torch\)\n", said)
+    assert "block 7; tau gsm8k 6.11, humaneval 5.38, mt_bench 3.64; DSpark paper, June 2026, temperature 1\n" in said
+    said = CliRunner().invoke(app, ["models", "qwen3.6-27b"]).stdout
+    assert re.search(r"drafter +dflash +z-lab/Qwen3\.6-27B-DFlash \(safetensors\): .*gated", said)
 
 
 def test_paths_with_spaces_and_unicode(tmp_path: Path, embedded_gguf: Path) -> None:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from dspark_cli.registry.schema import Entry
 
 
+#: columns of a terminal from which the published formats have room in the table
+WIDE = 130
+
+
 def models(
     name: Annotated[str | None, typer.Argument(help="Everything about this one.", show_default=False)] = None,
     fits: Annotated[bool, typer.Option("--fits", help="Only what fits this machine.")] = False,
@@ -36,7 +40,7 @@ def models(
         typer.echo(json_.dumps(rows[0] if name is not None and rows else rows, ensure_ascii=False, default=str))
     elif name is not None:
         for row in rows:
-            _print_one(row)
+            _print_one(row, machine)
     else:
         _print_table(rows, machine)
 
@@ -66,6 +70,7 @@ def _row(entry: Entry, machine: Machine) -> dict[str, Any]:
         "context": entry.context,
         "licence": entry.licence,
         "thinking": entry.thinking,
+        "gated": entry.gated,
         "gguf": entry.gguf,
         "safetensors": entry.safetensors,
         "format_bytes": sizes,
@@ -101,7 +106,17 @@ def _cells(row: dict[str, Any], machine: Machine) -> list[str]:
     kinds = dict.fromkeys(d["kind"] for d in row["drafters"] if d["usable"])
     taus = [max(d["accepted_length"].values()) for d in row["drafters"] if d["accepted_length"]]
     tau = f"{max(taus):.1f}" if taus else ""
-    return [row["name"], row["parameters"], fits, ", ".join(row["on_disk"]) or "-", ", ".join(kinds) or "lookup", tau]
+    here = ", ".join(row["on_disk"]) or "-"
+    return [row["name"], row["parameters"], _formats(row), fits, here, ", ".join(kinds) or "lookup", tau]
+
+
+def _formats(row: dict[str, Any]) -> str:
+    """Its smallest and its largest published file: "Q4_K_M 2.4 GB to BF16 8.0 GB"."""
+    from dspark_cli.registry.plan import size
+
+    by_size = sorted(row["format_bytes"].items(), key=lambda item: item[1])
+    ends = dict([*by_size[:1], *by_size[-1:]])
+    return " to ".join(f"{quant} {size(n_bytes)}" for quant, n_bytes in ends.items())
 
 
 def _print_table(rows: list[dict[str, Any]], machine: Machine) -> None:
@@ -110,14 +125,18 @@ def _print_table(rows: list[dict[str, Any]], machine: Machine) -> None:
 
     from dspark_cli.registry.plan import size
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("name", "size", "fits here as", "on disk", "drafters", "tau"):
-        table.add_column(heading, no_wrap=heading in ("name", "fits here as"))
-    for row in rows:
-        table.add_row(*_cells(row, machine))
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a pipe has no edge to wrap at
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    headings = ["name", "size", "formats", "fits here as", "on disk", "drafters", "tau"]
+    if console.width < WIDE:
+        headings.remove("formats")
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading in ("name", "formats", "fits here as"))
+    for row in rows:
+        cells = _cells(row, machine)
+        table.add_row(*(cells if console.width >= WIDE else [*cells[:2], *cells[3:]]))
     console.print(table)
     devices = ", ".join(f"{d.name} {size(d.usable)}" for d in (*machine.accelerators, machine.cpu))
     console.print(
@@ -131,8 +150,9 @@ def _print_table(rows: list[dict[str, Any]], machine: Machine) -> None:
             console.print(f"{row['name']}: {row['note']}", style="dim", highlight=False)
 
 
-def _print_one(row: dict[str, Any]) -> None:
+def _print_one(row: dict[str, Any], machine: Machine) -> None:
     from dspark_cli.registry.plan import size
+    from dspark_cli.registry.quants import FULL_PRECISION
 
     echo = typer.echo
     about = f"{row['parameters']}, {row['family']}; {', '.join(row['aliases']) or 'no aliases'}"
@@ -141,9 +161,15 @@ def _print_one(row: dict[str, Any]) -> None:
         if row[key]:
             mark = " (not confirmed)" if key in row["unconfirmed"] else ""
             echo(f"{key:<12}{row[key]}{mark}")
+    if row["gated"]:
+        echo("gated       its owner wants terms accepted first: `dspark pull` says how")
+    full = "does not fit"
+    if not any("torch" in device.runs for device in machine.accelerators):
+        full = "needs a GPU that torch drives (on the CPU: --backend torch)"
     for quant, n_bytes in row["format_bytes"].items():
         fit = row["fits"].get(quant)
-        where = f"fits {fit['device']}, {size(fit['bytes'])} with drafter and context" if fit else "does not fit"
+        unfit = full if quant == FULL_PRECISION else "does not fit"
+        where = f"fits {fit['device']}, {size(fit['bytes'])} with drafter and context" if fit else unfit
         here = ", on disk" if quant in row["on_disk"] else ""
         echo(f"format      {quant:<7} {size(n_bytes):>8}  {where}{here}")
     for d in row["drafters"]:
@@ -152,11 +178,13 @@ def _print_one(row: dict[str, Any]) -> None:
             f"block {d['block_size']}" if d["block_size"] else "",
             f"tau {taus}" if taus else "",
             d["speedup"] or "",
+            "gated" if d["gated"] else "",
             "on disk" if d["path"] else "",
             "" if d["usable"] else f"cannot be used: {d['note']}",
             f"not confirmed: {', '.join(d['unconfirmed'])}" if d["unconfirmed"] else "",
         ]
         where = d["repository"] or d["builtin"]
-        echo(f"drafter     {d['kind']:<7} {where} ({d['format']}): {'; '.join(filter(None, facts))}. {d['source']}")
+        said = "; ".join(filter(None, (*facts, d["source"])))
+        echo(f"drafter     {d['kind']:<7} {where} ({d['format']}){f': {said}' if said else ''}")
     if row["problem"]:
         echo(f"problem     {row['problem']}")

@@ -22,10 +22,12 @@ class Lines:
 
     def expect(self, files: int, total: int, have: int) -> None:
         here = f", {size(have)} of it here" if have else ""
+        self._all, self._have_all = total, have
         self.say(f"{files} file{'' if files == 1 else 's'}, {size(total)}{here}")
 
     def __init__(self) -> None:
         self._name, self._total, self._have, self._lines = "", 0, 0, NowAndThen()
+        self._all, self._have_all = 0, 0
 
     def begin(self, name: str, total: int, have: int) -> None:
         self._name, self._total, self._have, self._lines = name, total, have, NowAndThen()
@@ -34,8 +36,11 @@ class Lines:
 
     def advance(self, name: str, n_bytes: int) -> None:
         self._have += n_bytes
+        self._have_all += n_bytes
         if self._lines.due():
-            self.say(f"{name}: {size(self._have)} of {size(self._total)} ({self._have / max(1, self._total):.0%})")
+            share = f"{self._have / max(1, self._total):.0%}"
+            whole = f", {self._have_all / self._all:.0%} of all" if self._all > self._total else ""
+            self.say(f"{name}: {size(self._have)} of {size(self._total)} ({share}{whole})")
 
     def end(self, name: str) -> None:
         self.say(f"{name}: here, hash checked")

@@ -251,14 +251,17 @@ def _write(sink: Any, chunk: bytes) -> None:
 def _link(store: _Store, file: RemoteFile) -> Path:
     """The snapshot entry of a finished blob, made by huggingface-hub itself."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     listing = store.listing
-    path = Path(
-        hub.patiently(
-            lambda: hf_hub_download(listing.repository, file.name, revision=listing.revision, endpoint=hub.endpoint()),
-            what=f"{listing.repository}: {file.name}",
-        )
-    )
+
+    def link() -> str:
+        try:
+            return hf_hub_download(listing.repository, file.name, revision=listing.revision, endpoint=hub.endpoint())
+        except LocalEntryNotFoundError as error:  # it asks the Hub about the file first; what failed is the cause
+            raise error.__cause__ or error from None
+
+    path = Path(hub.patiently(link, what=f"{listing.repository}: {file.name}"))
     if path.resolve() != store.blob(file).resolve() and not _is_right(path, file):
         raise DsparkError(
             f"{listing.repository}: {file.name} changed while it was fetched", hint="the same command again"

@@ -6,6 +6,7 @@ HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HUB_OFFLINE and proxy variables are read
 from __future__ import annotations
 
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ ONLINE = "without --offline, and with HF_HUB_OFFLINE unset"
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 #: tries without any progress before giving up (fewer for a server that was never reached), first and longest wait (seconds)
 TRIES, TRIES_UNREACHED, FIRST_WAIT_S, LONGEST_WAIT_S = 5, 3, 1.0, 30.0
+#: of a commit or a content; they become names of files and folders
+_HASH = re.compile(r"^(?:[0-9a-f]{40}|[0-9a-f]{64})$")
 #: what a checkpoint needs beside its weights
 _CHECKPOINT_FILES = (
     *("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model"),
@@ -84,17 +87,33 @@ def list_files(repository: str, revision: str = "main") -> Listing:
         )
     except HFValidationError as error:
         raise BadInput(f"{repository!r} is not the name of a Hub repository: {error}") from None
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # what a network that wants a log-in answers to everything
+        raise _no_hub(repository, "answers with something that is no list of files") from None
     found = {}
     for sibling in info.siblings or []:
         if sibling.rfilename.startswith("/") or ".." in sibling.rfilename.split("/") or "\\" in sibling.rfilename:
             raise DsparkError(f"{repository} lists a file outside its folder: {sibling.rfilename!r}")
         sha256 = sibling.lfs.sha256 if sibling.lfs else None
         blob = sha256 or sibling.blob_id
+        if blob and not _HASH.match(blob):
+            raise _no_hub(repository, f"states no usable hash for {sibling.rfilename}")
         if blob and sibling.size is not None:
             found[sibling.rfilename] = RemoteFile(sibling.rfilename, int(sibling.size), sha256, blob)
-    if not info.sha:
-        raise DsparkError(f"{endpoint()} names no commit for {repository}: it does not seem to be a Hub")
-    return Listing(repository, info.sha, revision, found)
+    if not _HASH.match(info.sha or ""):
+        raise _no_hub(repository, "names no commit")
+    return Listing(repository, str(info.sha), revision, found)
+
+
+def _no_hub(repository: str, answer: str) -> DsparkError:
+    return DsparkError(
+        f"{repository}: {endpoint()} {answer}: it does not seem to be a Hub",
+        hint="HF_ENDPOINT, and whether this network wants you to log in first",
+    )
 
 
 def quants_in(listing: Listing) -> dict[str, list[RemoteFile]]:

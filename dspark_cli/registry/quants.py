@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+#: owner/name as the Hub allows it: no part begins or ends with a dot or dash, none has two of them in a row
+REPOSITORY = re.compile(r"^(?!.*(?:--|\.\.))\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])$")
 #: what a checkpoint in safetensors is
 FULL_PRECISION = "BF16"
 #: bits per weight, best first. Mixed formats (K) are averages over whole models; those with a file size in models.toml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,19 +61,39 @@ def carry_out(removals: list[Removal]) -> int:
         try:
             for path in (*item.links, *item.blobs):
                 path.unlink(missing_ok=True)
-            for folder in sorted({path.parent for path in item.links}, reverse=True):
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+            _tidy(item.repository)
         except OSError as error:
             raise DsparkError(f"{error.filename} cannot be deleted: {error.strerror}") from None
         forget(item.repository)
     return sum(item.freed for item in removals)
 
 
-def _of(repository: str) -> Removal | None:
+def _tidy(repository: str) -> None:
+    """Take away what nothing needs any more: empty folders, and branch names of revisions that are gone.
+
+    The Hub's own tools call a cache with such names damaged.
+    """
+    root = _folder(repository)
+    for folder in sorted((path for path in (root / "snapshots").rglob("*") if path.is_dir()), reverse=True):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    refs = [path for path in (root / "refs").rglob("*") if path.is_file()]
+    for ref in refs:
+        if not (root / "snapshots" / ref.read_text(encoding="ascii", errors="replace").strip()).is_dir():
+            ref.unlink()
+    if not any(path.is_file() or path.is_symlink() for path in root.rglob("*")):
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _folder(repository: str) -> Path:
+    """Where the Hub's cache keeps a repository."""
     from huggingface_hub.file_download import repo_folder_name
 
-    root = hub_cache() / repo_folder_name(repo_id=repository, repo_type="model")
+    return hub_cache() / str(repo_folder_name(repo_id=repository, repo_type="model"))
+
+
+def _of(repository: str) -> Removal | None:
+    root = _folder(repository)
     if not root.is_dir():
         return None
     entry = locked(repository)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from dspark_cli.registry.choose import Machine, Resolution, Wish
     from dspark_cli.registry.plan import MemoryPlan, PlanOptions
     from dspark_cli.registry.schema import Entry, GgufFile
-
-_REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,9 @@ def looks_like_path(model: str) -> bool:
 
 def is_repository(model: str) -> bool:
     """Whether it reads like owner/name."""
-    return bool(_REPOSITORY.match(model)) and model.lower() not in names()
+    from dspark_cli.registry.quants import REPOSITORY
+
+    return bool(REPOSITORY.match(model)) and model.lower() not in names()
 
 
 def check_path(path: Path) -> Path:

@@ -6,13 +6,29 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from dspark_cli.backends.llamacpp.attention import FLOAT_WEIGHTS
 from dspark_cli.registry.plan import DrafterSize, TargetSize
-from dspark_cli.registry.quants import BITS, FULL_PRECISION, weight_bytes
+from dspark_cli.registry.quants import BITS, FULL_PRECISION, REPOSITORY, weight_bytes
 
-Repository = Annotated[str, StringConstraints(pattern=r"^[\w.-]+/[\w.-]+$")]
+
+def _repository(value: str) -> str:
+    if not REPOSITORY.match(value):
+        raise ValueError("no Hub repository (owner/name)")
+    return value
+
+
+Repository = Annotated[str, AfterValidator(_repository)]
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.+-]+$", min_length=1)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 ThinkingMode = Literal["on", "off", "both"]
