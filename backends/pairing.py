@@ -100,9 +100,9 @@ def findings(drafter: DrafterFacts, target: TargetFacts, *, same_tokens: bool = 
         far = f"its mask token {d.mask} is outside its vocabulary of {d.n_vocab}" if outside else None
         yield Finding("mask token", str(d.mask), missing or far)
     yield Finding("rope", f"base {d.rope_theta}, target {t.rope_theta}", _rope(d))
-    yield Finding(
-        "head", f"{'Markov' if d.markov else 'no Markov head'}{', own output' if not d.borrows else ''}", _head(d, t)
-    )
+    # whether a checkpoint has an output head of its own is seen when its weights are read
+    own = ", own output" if d.format == "gguf" and not d.borrows else ""
+    yield Finding("head", ("Markov" if d.markov else "no Markov head") + own, _head(d, t))
     yield Finding("confidence head", "present" if d.confidence else "absent: the schedule uses token probabilities")
     if d.quant:
         coarse = d.quant.startswith(("Q2", "Q3", "IQ1", "IQ2", "IQ3", "TQ"))
@@ -181,13 +181,24 @@ def check_published(drafter: DrafterFacts, block_size: int | None) -> None:
 
 
 def cautions(
-    target: TargetFacts, *, trained_thinking: str | None = None, thinking: bool | None = None, chat: bool = True
+    target: TargetFacts,
+    *,
+    trained_thinking: str | None = None,
+    thinking: bool | None = None,
+    switch: bool = False,
+    chat: bool = True,
 ) -> list[str]:
     """What may make a fitting drafter draft badly.
 
-    trained_thinking: "on", "off" or "both", as the registry knows; thinking: what the chat asks for.
+    trained_thinking: "on", "off" or "both", as the registry knows; thinking: what the chat asks for, None leaves it to the
+    template, which may have the switch
     """
     found = []
+    if trained_thinking in ("on", "off") and thinking is None and switch:
+        found.append(
+            f"the drafter was trained on answers with thinking {trained_thinking}, and this chat leaves it to the model's "
+            f"template: {'--thinking' if trained_thinking == 'on' else '--no-thinking'} makes sure of it"
+        )
     if trained_thinking in ("on", "off") and thinking is not None and thinking != (trained_thinking == "on"):
         asked, flag = ("with", "--no-thinking") if thinking else ("without", "--thinking")
         found.append(

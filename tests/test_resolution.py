@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark_cli.backends.errors import BadInput, DsparkError, NotReady
+from dspark_cli.backends.torch import devices as torch_devices
 from dspark_cli.registry.choose import Machine, Resolution, Wish, choose, fitting
 from dspark_cli.registry.models import find, load_models
 from dspark_cli.registry.plan import GIB, Device, PlanOptions, TargetSize, make_plan
+from dspark_cli.registry.resolve import plan_for, resolve
 
 GB = 10**9
 #: everything on the GPU, with a context that 12 GB do not hold
@@ -52,6 +56,9 @@ MACHINES = {
     "8 GB CPU": cpu(8),
     "16 GB CPU": cpu(16),
     "64 GB CPU": cpu(64),
+    "24 GB GPU, torch": gpu(24, runs=("llamacpp", "torch")),
+    "80 GB GPU, torch": gpu(80, runs=("llamacpp", "torch")),
+    "24 GB ROCm, torch only": gpu(24, "rocm", runs=("torch",)),
 }
 
 #: (machine, model) -> (quant, device, drafter kind or None for lookup), None = refused. The numbers behind it: sizes at
@@ -94,6 +101,14 @@ TABLE: dict[tuple[str, str], tuple[str, str, str | None] | None] = {
     ("16 GB GPU", "gemma-4-12b"): ("Q8_0", "CUDA0", None),
     # full precision only, and nothing here drives torch on a GPU
     ("24 GB GPU", "minicpm5-2b"): None,
+    # torch drives the GPU: full precision where the pair fits whole (8.0 + 2.0 GB; 16.4 + 4.0 GB; 29.5 + 6.0 GB)
+    ("24 GB GPU, torch", "qwen3-4b"): ("BF16", "CUDA0", "dspark"),
+    ("24 GB GPU, torch", "qwen3-8b"): ("BF16", "CUDA0", "dspark"),
+    ("24 GB GPU, torch", "qwen3-14b"): ("Q8_0", "CUDA0", "dspark"),
+    ("80 GB GPU, torch", "qwen3-14b"): ("BF16", "CUDA0", "dspark"),
+    ("80 GB GPU, torch", "qwen2.5-14b"): ("BF16", "CUDA0", "small"),
+    ("24 GB GPU, torch", "qwen2.5-14b"): ("Q8_0", "CUDA0", "small"),
+    ("24 GB ROCm, torch only", "qwen3-4b"): ("BF16", "ROCm0", "dspark"),
 }
 
 
@@ -133,6 +148,42 @@ def test_whatever_is_chosen_fits_and_nothing_better_would(machine: str, model: s
                 plan = choose(entry, MACHINES[machine], Wish(quant=quant)).plan
                 drafted = plan.drafter is not None and plan.drafter.total > 0
                 assert plan.gpu_layers <= plan.n_layer or not drafted, f"{quant} would fit whole"
+
+
+#: machine -> where a small GGUF file and where a small checkpoint folder run
+PLACES = {
+    **{machine: ("CUDA0", "cpu") for machine in MACHINES if machine.endswith("GB GPU")},
+    **{machine: ("ROCm0", "cpu") for machine in MACHINES if machine.endswith("GB ROCm")},
+    **{machine: ("Metal", "cpu") for machine in MACHINES if machine.endswith("Mac")},
+    **{machine: ("cpu", "cpu") for machine in MACHINES if machine.endswith("CPU")},
+    **{machine: ("CUDA0", "CUDA0") for machine in MACHINES if machine.endswith("GPU, torch")},
+    "24 GB ROCm, torch only": ("cpu", "ROCm0"),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_files_and_folders_on_every_machine(
+    machine: str, embedded_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ("cpu", "cuda", "rocm", "metal")
+    facts = [torch_devices.Facts(kind, 0, kind, 24 * GIB, 20 * GIB, (9, 0), bf16=True) for kind in kinds]
+    monkeypatch.setattr(torch_devices, "detect", lambda: facts)
+    config = {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+        "dtype": "float32",
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 5000)
+    for path, backend, place in zip((embedded_gguf, tmp_path), ("llamacpp", "torch"), PLACES[machine], strict=True):
+        found = resolve(str(path), machine=MACHINES[machine])
+        plan = plan_for(found, MACHINES[machine])
+        assert (found.path, found.backend, plan.backend) == (path, backend, backend)
+        assert plan.device.name == place
+        assert plan.fits
+        assert plan.device.kind == "cpu" or plan.gpu_layers == plan.n_layer + 1
 
 
 class TestQwen25:

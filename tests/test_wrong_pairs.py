@@ -237,6 +237,17 @@ def test_thinking_mode_against_the_drafters_training(trained: str | None, asked:
     assert not warns or ("--no-thinking" if asked else "--thinking") in found[0]
 
 
+@pytest.mark.parametrize(
+    ("trained", "flag"), [("off", "--no-thinking"), ("on", "--thinking"), ("both", None), (None, None)]
+)
+def test_a_chat_that_leaves_thinking_to_the_template(trained: str | None, flag: str | None) -> None:
+    facts = TargetFacts("t", 10, 8, 4, 2)
+    said = cautions(facts, trained_thinking=trained, switch=True)
+    assert bool(said) == (flag is not None)
+    assert flag is None or f"template: {flag} makes sure of it" in said[0]
+    assert cautions(facts, trained_thinking=trained) == []
+
+
 def test_a_target_without_a_chat_template() -> None:
     facts = TargetFacts("t", 10, 8, 4, 2, has_template=False)
     assert "no chat template" in cautions(facts)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -241,13 +241,17 @@ def check_pair(
     n_vocab: int,
     n_embd: int,
     n_layer: int,
+    depth: int | None = None,
     same_tokens: bool = False,
     name: str = "the drafter",
     target: str = "this target",
 ) -> None:
     """Raise PairMismatch unless a drafter of `config` fits a target of these sizes.
 
+    n_layer:     layers whose outputs can be read (libllama hands out all but the last)
+    depth:       layers of the target, to compare with what the drafter was made for; None: not compared
     same_tokens: the caller compared the tokenizers, so vocabulary sizes may differ by padding.
     """
-    facts = TargetFacts(target, n_vocab=n_vocab, n_embd=n_embd, n_layer=n_layer, last_layer=n_layer - 1)
-    check(facts_of(config, name), facts, same_tokens=same_tokens)
+    facts = TargetFacts(target, n_vocab=n_vocab, n_embd=n_embd, n_layer=depth or n_layer, last_layer=n_layer - 1)
+    drafter = facts_of(config, name)
+    check(drafter if depth else replace(drafter, made_for=None), facts, same_tokens=same_tokens)

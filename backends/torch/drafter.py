@@ -43,7 +43,15 @@ def open_drafter(
     same_tokens: the caller compared the tokenizers, so the vocabularies may differ by padding.
     """
     config = read_config(folder)  # the pair is checked before its weights are read
-    check_pair(config, n_vocab=n_vocab, n_embd=n_embd, n_layer=n_layer, same_tokens=same_tokens, name=folder.name)
+    check_pair(
+        config,
+        n_vocab=n_vocab,
+        n_embd=n_embd,
+        n_layer=n_layer,
+        depth=n_layer,
+        same_tokens=same_tokens,
+        name=folder.name,
+    )
     model = load_drafter(folder, tables=tables, dtype=dtype, device=device)
     return make_drafter(model, name=folder.name, n_vocab=n_vocab)
 

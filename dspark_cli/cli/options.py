@@ -238,6 +238,14 @@ def find_planned(
     check_drafter(options.drafter)
     own = Path(options.drafter).expanduser()
     drafter = own if own.exists() and is_path(options.drafter) else None
+    beside = drafter or found.drafter_path
+    if found.backend == "llamacpp" and beside is not None and beside.is_dir():
+        try:
+            need_working_torch(beside.name)
+        except NotReady as error:
+            if options.drafter != "auto":
+                raise
+            found = replace(found, drafter_path=None, notes=(*found.notes, f"no drafter: {error} ({error.hint})"))
     if options.parallel == 1:
         plan = plan_for(found, machine, wanted.options, drafter)
     else:
@@ -280,15 +288,28 @@ def usable_machine(options: PairOptions) -> Machine:
 def check_opens(found: Resolved, options: PairOptions) -> None:
     """Refuse what the backend asked for cannot open. Raises BadInput, or NotReady where torch is missing."""
     if found.backend == "torch":
-        from dspark_cli.engine.opening import need_torch
-
         if options.backend == "llamacpp":
             raise BadInput(f"{found.name} is a checkpoint folder, which llama.cpp cannot open", hint="--backend auto")
         if options.gpu_layers is not None and options.gpu_layers > 0:
             raise BadInput("--gpu-layers is of llama.cpp: torch puts all layers on one device", hint="--backend cpu")
-        need_torch(found.name)
+        need_working_torch(found.name)
     elif options.backend == "torch":
         raise BadInput(f"{found.name} is a GGUF file, which runs through llama.cpp", hint="--backend auto")
+
+
+def need_working_torch(name: str) -> None:
+    """Refuse what torch must run (`name`, a checkpoint folder) where it is missing, or installed by halves."""
+    from dspark_cli.engine.opening import need_torch
+
+    need_torch(name)
+    try:
+        import torch  # noqa: F401
+    except Exception as error:  # a half-installed torch fails in many ways
+        why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise NotReady(
+            f"{name} is a checkpoint folder, which runs through torch, and torch cannot be imported: {why}",
+            hint="pip install --force-reinstall 'dspark[torch]'; GGUF models work without it",
+        ) from None
 
 
 def torch_device(plan: MemoryPlan) -> str:
@@ -313,15 +334,19 @@ def check_card(found: Resolved) -> None:
 
 def cautions_about(found: Resolved, options: PairOptions) -> list[str]:
     """What may make a fitting pair draft badly with these settings."""
-    if found.path.is_dir():
-        return []
-    from dspark_cli.backends.llamacpp.header import read_header
-    from dspark_cli.backends.pairing import cautions, gguf_target
+    from dspark_cli.backends.pairing import cautions
+    from dspark_cli.registry.sizes import target_facts
 
     known = found.resolution.drafter if found.resolution else None
-    target = gguf_target(read_header(found.path), found.path.name)
     trained = known.thinking if known else None
-    return cautions(target, trained_thinking=trained, thinking=options.thinking, chat=options.chat)
+    mode = found.entry.thinking if found.entry is not None else None
+    return cautions(
+        target_facts(found.path),
+        trained_thinking=trained if options.chat else None,
+        thinking=True if mode == "always" else options.thinking,
+        switch=mode == "optional",
+        chat=options.chat,
+    )
 
 
 def is_path(drafter: str) -> bool:

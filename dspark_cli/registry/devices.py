@@ -52,7 +52,7 @@ def _torch_devices() -> tuple[list[Device], bool]:
     """(devices, whether torch works). torch takes seconds to import: only where it could bring a device is it asked."""
     if importlib.util.find_spec("torch") is None:
         return [], False
-    if "torch" not in sys.modules and not _may_have_accelerator():
+    if "torch" not in sys.modules and driver() is None:
         return [], torch_looks_whole()
     try:
         from dspark_cli.backends.torch.devices import detect
@@ -90,11 +90,15 @@ def torch_problem() -> str | None:
     return lines[-1] if lines else f"python ended with {done.returncode}"
 
 
-def _may_have_accelerator() -> bool:
+def driver() -> str | None:
+    """The kind of GPU that this system has a driver for, whether or not a library here can use it."""
     if platform.system() == "Darwin":
-        return platform.machine() == "arm64"
-    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-    return any(Path(path).exists() for path in drivers) or shutil.which("nvidia-smi") is not None
+        return "metal" if platform.machine() == "arm64" else None
+    if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None:
+        return "cuda"
+    if Path("/dev/kfd").exists():
+        return "rocm"
+    return "cuda" if Path("/dev/dxg").exists() else None  # Windows' own, under Linux
 
 
 def _merged(ggml: list[Device], torch: list[Device]) -> tuple[Device, ...]:

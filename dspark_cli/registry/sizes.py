@@ -10,6 +10,7 @@ from typing import Any
 from dspark_cli.backends.errors import DsparkError
 from dspark_cli.backends.gguf_file import check_file
 from dspark_cli.backends.llamacpp.attention import FLOAT_WEIGHTS
+from dspark_cli.backends.pairing import TargetFacts, gguf_target
 from dspark_cli.registry.plan import DrafterSize, TargetSize
 from dspark_cli.registry.quants import parts_of
 
@@ -32,6 +33,36 @@ def as_computed(target: TargetSize, folder: Path, kind: str) -> tuple[TargetSize
     grows = (4 if dtype == "float32" else 2) / (4 if stored == "float32" else 2)
     words = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
     return replace(target, weights=int(target.weights * grows)), words[dtype]
+
+
+def target_facts(path: Path) -> TargetFacts:
+    """What the check of a pair must know of a target, GGUF or checkpoint folder."""
+    if not path.is_dir():
+        from dspark_cli.backends.llamacpp.header import read_header
+
+        return gguf_target(read_header(path), path.name)
+    raw, size = _config(path), _checkpoint_size(path)
+    rope = raw.get("rope_parameters") or {}
+    theta = raw.get("rope_theta") or rope.get("rope_theta") or (rope.get("full_attention") or {}).get("rope_theta")
+    return TargetFacts(
+        name=path.name,
+        n_vocab=size.n_vocab,
+        n_embd=size.n_embd,
+        n_layer=size.n_layer,
+        last_layer=size.n_layer - 1,
+        rope_theta=theta,
+        has_template=_has_template(path),
+    )
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether the tokenizer of a checkpoint has a chat template: a file of its own, or a key of its configuration."""
+    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def drafter_size(path: Path, target: TargetSize) -> DrafterSize:
