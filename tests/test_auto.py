@@ -311,16 +311,24 @@ class TestGuard:
             while not guard.active:
                 guard.skipped()
 
-    def test_another_text_halves_the_wait_once(self) -> None:
+    @pytest.mark.parametrize(("rate", "wait"), [(0.95, 10), (0.7, 20)])
+    def test_another_text_halves_the_wait_once_if_little_was_missing(self, rate: float, wait: int) -> None:
         guard = Guard(first_wait=20)
-        guard.park(0.8, "expected")
+        guard.park(rate, "expected")
         guard.hasten()
         guard.hasten()
         waited = 0
         while not guard.active:
             guard.skipped()
             waited += 1
-        assert waited == 10
+        assert waited == wait
+
+    def test_a_dear_trial_that_fails_is_not_soon_repeated(self) -> None:
+        guard = Guard(first_wait=20)
+        while guard.active:
+            guard.observe(1.0, 1.0, 1.3, spent=0.5)
+        assert guard._left > 20
+        assert guard._left == pytest.approx(guard._halved * 2, abs=1)
 
     def test_a_trial_that_watches_takes_a_bounded_share_of_the_time(self) -> None:
         guard, spent, rounds = Guard(), 0.0, 0

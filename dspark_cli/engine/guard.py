@@ -14,7 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 FADE = 0.985  # share of an account that lasts to the next round
-TRIAL_SHARE = 0.005  # of the time until the next trial that one which only watches may take
+TRIAL_SHARE = 0.005  # of the time until the next trial that one which only watches may take, once a few have failed
+FIRST_SHARE = 0.02  # the same after the first that fails
+NEAR = 0.9  # a speed over plain decoding that another text may well lift above 1
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Guard:
     _wait: int = 0
     _left: int = 0
     _halved: int = 0  # what `hasten` takes off
+    _rate: float = 0.0  # speed over plain decoding at which it was parked
     _spent: float = 0.0
     _tokens: float = field(default=0.0)
     _cost: float = field(default=0.0)
@@ -65,8 +68,8 @@ class Guard:
             self._expected = self._observed = self._tokens = self._cost = 0.0
 
     def hasten(self) -> None:
-        """Another text begins, for which the drafter may do better: half of the wait is enough."""
-        if not self.active:
+        """Another text begins, for which the drafter may do better: half of the wait is enough if little was missing."""
+        if not self.active and self._rate >= NEAR:
             self._left -= self._halved
             self._halved = 0
 
@@ -100,11 +103,13 @@ class Guard:
         """Stop speculating. `rate`: speed over plain decoding;  `how`: "expected" or "observed";  `trial`: what the next trial
         will take, in plain tokens, if none was made yet."""
         self.active = self._probing = False
-        self.reason = f"{rate:.2f}x {how}"
+        self._rate, self.reason = rate, f"{rate:.2f}x {how}"
         spent, self._spent = self._spent or trial, 0.0
         longest = min(self.longest_wait, int(spent / TRIAL_SHARE)) if spent else self.longest_wait
         if trial:  # earlier runs have had the short waits
             self._wait = max(self.first_wait, longest)
+        elif spent:
+            self._wait = max(self._wait, min(longest, int(spent / FIRST_SHARE)))
         self._left, self._halved = self._wait, self._wait // 2
         self._wait = max(self.first_wait, min(2 * self._wait, longest))
         self._expected = self._observed = 0.0
