@@ -91,7 +91,7 @@ class CombinedDrafter(Drafter):
         if self.lookup is not None:
             self.lookup.rewind(seq, length)
         taken = self._length.get(seq, 0)
-        if length < taken:
+        if length <= taken:  # also where nothing was taken in: another wrapper may have used the model before
             self.model.rewind(seq, length)
             self._length[seq] = taken = length
         self._wait(seq, _first(self._waiting.get(seq, []), length - taken))

@@ -105,6 +105,18 @@ def test_a_fork_hands_nothing_over() -> None:
     assert model.tokens == {0: [1, 2, 3], 1: [1, 2, 7]}
 
 
+def test_a_new_wrapper_starts_from_an_empty_model() -> None:
+    model = Diary()
+    first = CombinedDrafter(model)
+    first.observe(0, [1, 2], features([1, 2]))
+    first.propose([DraftRequest(0, 5, 2)])
+    second = CombinedDrafter(model)
+    second.rewind(0, 0)
+    second.observe(0, [7], features([7]))
+    second.propose([DraftRequest(0, 5, 2)])
+    assert model.tokens[0] == [7]
+
+
 def test_many_rounds_are_one_hand_over() -> None:
     model = Diary()
     drafter = CombinedDrafter(model)
