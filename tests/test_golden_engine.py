@@ -9,13 +9,15 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pytest
 
-from test_golden_cases import GOLDEN, Case, all_cases, cases, drafter_of, target_of
+from test_golden_cases import GOLDEN, Case, all_cases, assert_matches, cases, drafter_of, target_of
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from dspark_cli.backends.base import Row  # noqa: E402
 from dspark_cli.backends.torch.devices import detect, pick  # noqa: E402
 from dspark_cli.backends.torch.loading import load_model  # noqa: E402
 from dspark_cli.backends.torch.network import Network  # noqa: E402
@@ -70,6 +72,20 @@ def check(case: Case, rounds: list[Round], wanted: dict[str, Any], new_tokens: i
         assert [r.accepted for r in drafted] == wanted["accepted_draft_lengths"]
     if "proposal_lengths" in wanted:
         assert [r.verified for r in drafted] == wanted["proposal_lengths"]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_the_recorded_prompt(case: Case) -> None:
+    """Logits and features of the prompt, in one pass and in chunks; the draft reads these."""
+    target_of(case)  # skips where transformers has no such model
+    target, recorded = golden_target(case.settings["target"]), case.tensors
+    for size in (len(case.prompt), 3):
+        target.drop(0)
+        target.request_features(case.layers)
+        parts = [target.step([Row(0, case.prompt[i : i + size])])[0] for i in range(0, len(case.prompt), size)]
+        logits, features = [p.logits for p in parts], [p.features for p in parts if p.features is not None]
+        assert_matches("prompt_logits", np.concatenate(logits)[None], recorded["prompt_logits"])
+        assert_matches("prompt_target_features", np.concatenate(features)[None], recorded["prompt_target_features"])
 
 
 @pytest.mark.parametrize("case", cases())

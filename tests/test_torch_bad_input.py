@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dspark_cli.backends.base import BadInput, DsparkError, NotReady, Row  # noqa: E402
 from dspark_cli.backends.lookup import LookupDrafter  # noqa: E402
-from dspark_cli.backends.torch import loading  # noqa: E402
+from dspark_cli.backends.torch import checkpoint, loading  # noqa: E402
 from dspark_cli.backends.torch import target as module  # noqa: E402
 from dspark_cli.backends.torch.drafter import open_drafter  # noqa: E402
 from dspark_cli.backends.torch.network import Network  # noqa: E402
@@ -24,7 +25,7 @@ from dspark_cli.backends.torch.target import TorchOptions, TorchTarget, open_tar
 from dspark_cli.engine.decode import Engine  # noqa: E402
 from dspark_cli.engine.rounds import Request  # noqa: E402
 from dspark_cli.engine.schedule import Fixed, Off  # noqa: E402
-from tiny import HIDDEN, N_LAYER, N_VOCAB, tiny_checkpoint, tiny_drafter, tiny_model  # noqa: E402
+from tiny import END, HIDDEN, N_LAYER, N_VOCAB, tiny_checkpoint, tiny_drafter, tiny_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,33 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def pickled_under_a_safe_name(folder: Path) -> None:
+    torch.save({"lm_head.weight": torch.ones(2)}, folder / "model.safetensors")
+
+
+def index(folder: Path, weight_map: object) -> None:
+    """The weights by an index instead of by their usual name."""
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def retable(folder: Path, change: Callable[[dict], object]) -> None:
+    """Another table in front of the same values."""
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    table = json.loads(data[8 : 8 + length])
+    change(table)
+    head = json.dumps(table).encode()
+    file.write_bytes(struct.pack("<Q", len(head)) + head + data[8 + length :])
+
+
+def own_tokenizer(folder: Path) -> None:
+    (folder / "own.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w').close()")
+    words = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
+    edit(folder, lambda c: c.update(words), "tokenizer_config.json")
+
+
 HEAD, QUERY = "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"
 
 #: what is done to the folder, words of the refusal
@@ -75,15 +103,36 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f, lambda c: c.update(model_type="own", auto_map={"AutoModelForCausalLM": "own.Model"})),
         r"needs code that comes with it \(auto_map: AutoModelForCausalLM\).*never runs code",
     ),
+    "code of its own, in other words": (
+        lambda f: edit(f, lambda c: c.update(model_type="own", auto_map="own.Model")),
+        r"needs code that comes with it \(auto_map: own.Model\)",
+    ),
+    "a tokenizer of its own": (own_tokenizer, r"the tokenizer of .* needs code that comes with it.*never runs code"),
+    "quantized in other words": (
+        lambda f: edit(f, lambda c: c.update(quantization_config="awq")),
+        r"quantized by an unknown method",
+    ),
     "quantized": (
         lambda f: edit(f, lambda c: c.update(quantization_config={"quant_method": "awq"})),
         r"quantized by awq: .*float32, bfloat16 and float16",
     ),
     "pickled": (pickled, r"pickled weights only \(pytorch_model.bin\).*could run code"),
+    "pickled under a safe name": (pickled_under_a_safe_name, r"cannot be read as safetensors"),
+    "an index of nothing": (lambda f: index(f, {}), r"names no weight files"),
+    "an index that is none": (lambda f: index(f, {"a": 1}), r"index.json cannot be read"),
+    "an index out of the folder": (lambda f: index(f, {"a": "../a.safetensors"}), r"names files outside its folder"),
+    "an index of what is not here": (lambda f: index(f, {"a": "b.safetensors"}), r"lacks 1 of 1 weight files: b.safe"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"has no model.safetensors"),
     "cut short": (lambda f: cut(f, 50_000), r"has 50000 bytes, its table needs \d+"),
     "cut in its table": (lambda f: cut(f, 100), r"cannot be read"),
     "empty": (lambda f: cut(f, 0), r"cannot be read"),
+    "a table without dtypes": (lambda f: retable(f, lambda t: t[QUERY].pop("dtype")), r"cannot be read as safetensors"),
+    "a table without shapes": (lambda f: retable(f, lambda t: t[QUERY].pop("shape")), r"cannot be read as safetensors"),
+    "a table of other shapes": (lambda f: retable(f, lambda t: t[QUERY].update(shape=[1, 2])), r"cannot be loaded"),
+    "integers as a weight": (
+        lambda f: rewrite(f, lambda w: w.update({QUERY: w[QUERY].to(torch.uint8)})),
+        r"q_proj.weight is U8; .*F32, BF16, F16",
+    ),
     "float64": (
         lambda f: rewrite(f, lambda w: w.update({HEAD: w[HEAD].double()})),
         r"lm_head.weight is F64; .*F32, BF16",
@@ -101,6 +150,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer"),
     "a broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer of .* cannot be loaded"),
     "impossible sizes": (lambda f: edit(f, lambda c: c.update(num_attention_heads=0)), r"cannot be loaded"),
+    "sizes that do not divide": (lambda f: edit(f, lambda c: c.update(num_attention_heads=3)), r"cannot be loaded: "),
+    "sizes below nothing": (lambda f: edit(f, lambda c: c.update(intermediate_size=-1)), r"cannot be loaded"),
 }
 
 
@@ -110,6 +161,22 @@ def test_a_folder_that_cannot_be_used(folder: Path, what: str) -> None:
     damage(folder)
     with pytest.raises(DsparkError, match=words):
         opened(folder)
+    assert not (folder.parent / "ran").exists(), "code of the folder was run"
+
+
+def test_a_model_whose_attention_cannot_be_replaced(tmp_path: Path) -> None:
+    """Old code in transformers chooses its attention itself."""
+    sizes = {"vocab_size": N_VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = tiny_model(transformers.FalconConfig(**sizes))
+    with pytest.raises(DsparkError, match="attention of its own, which cannot be replaced"):
+        opened(tiny_checkpoint(tmp_path / "falcon", model))
+
+
+def test_end_tokens_that_are_none(folder: Path) -> None:
+    """The tokenizer's own end token is left."""
+    (folder / "generation_config.json").write_text('{"eos_token_id": ["x", 99999, -1]}')
+    with opened(folder) as target:
+        assert target.tokenizer.eog_ids == {END}
 
 
 def test_a_model_that_transformers_does_not_know(folder: Path) -> None:
@@ -164,9 +231,12 @@ def test_a_device_that_is_not_here(good: Path) -> None:
         opened(good, device="cuda")
 
 
-def test_a_switch_that_is_none(good: Path) -> None:
+def test_a_switch_that_is_none(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match="unknown capture"):
         opened(good, capture="sometimes")
+    monkeypatch.setattr(module, "load_model", None)  # told before anything is loaded
+    with pytest.raises(BadInput, match="cannot be captured on cpu"):
+        opened(good, capture="graph", device="cpu")
     with pytest.raises(BadInput, match="at least 1"):
         TorchOptions(n_seq=0)
 
@@ -184,22 +254,48 @@ def test_no_memory_for_the_weights(good: Path, monkeypatch: pytest.MonkeyPatch, 
         raise error
 
     monkeypatch.setattr(loading.transformers.AutoModelForCausalLM, "from_pretrained", fail)
-    with pytest.raises(NotReady, match=r"model in float32 needs about 0.0 GB, \d+\.\d GB can be used") as found:
+    with pytest.raises(NotReady, match=r"model in float32 needs about 0\.8 MB, \d+\.\d GB can be used") as found:
         opened(good)
     assert found.value.exit_code == 3
 
 
 def test_no_memory_for_the_context(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KeyValues", no_memory)
-    with pytest.raises(NotReady, match=r"1 x 512 tokens of context for model needs about"):
+    with pytest.raises(NotReady, match=r"model with 1 x 512 tokens of context needs about 1\.4 MB, \d") as found:
         opened(good)
+    assert found.value.exit_code == 3
+
+
+@pytest.mark.parametrize("where", ["probe", "without_cache"])
+def test_no_memory_for_a_first_pass(good: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.setattr(Network, where, no_memory)
+    with pytest.raises(NotReady, match=r"a first pass of model needs about \d\.\d MB, \d+\.\d GB can be used") as found:
+        opened(good)
+    assert found.value.exit_code == 3
+
+
+@pytest.mark.parametrize("where", ["read_weights", "assemble"])
+def test_no_memory_for_the_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.setattr(checkpoint, where, no_memory)
+    with pytest.raises(NotReady, match=r"the drafter draft needs about 0\.\d MB, \d+\.\d GB can be used") as found:
+        open_drafter(tiny_drafter(tmp_path / "draft"), n_vocab=N_VOCAB, n_embd=HIDDEN, n_layer=N_LAYER)
+    assert found.value.exit_code == 3
+    assert "--drafter lookup" in str(found.value.hint)
+
+
+#: how an allocation fails: on CUDA and ROCm, in torch on a CPU, in numpy
+FAILURES = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    MemoryError("Unable to allocate 20.0 GiB for an array"),
+)
 
 
 class ShortOfMemory:
     """A network that fails on passes of more than `most` columns."""
 
-    def __init__(self, inner: Network, most: int) -> None:
-        self.inner, self.most, self.failures = inner, most, 0
+    def __init__(self, inner: Network, most: int, error: BaseException = FAILURES[0]) -> None:
+        self.inner, self.most, self.error, self.failures = inner, most, error, 0
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
@@ -207,18 +303,19 @@ class ShortOfMemory:
     def __call__(self, ids: torch.Tensor, *rest: object) -> object:
         if ids.numel() > self.most:
             self.failures += 1
-            no_memory()
+            raise self.error
         return self.inner(ids, *rest)  # type: ignore[arg-type]
 
 
-def test_a_pass_that_runs_out_of_memory_is_done_in_parts(good: Path) -> None:
+@pytest.mark.parametrize("error", FAILURES)
+def test_a_pass_that_runs_out_of_memory_is_done_in_parts(good: Path, error: BaseException) -> None:
     said: list[str] = []
     tokens = list(range(40))
     with opened(good, n_seq=2, notice=said.append) as target:
         target.request_features((0, 2))
         whole = target.step([Row(0, tokens)])[0]
         target.drop(0)
-        target.network = ShortOfMemory(target.network, 6)  # type: ignore[assignment]
+        target.network = ShortOfMemory(target.network, 6, error)  # type: ignore[assignment]
         parts = target.step([Row(0, tokens, 25), Row(1, tokens[:9], 0)])
         assert [target.length(0), target.length(1)] == [40, 9]
         assert target.max_rows <= 6

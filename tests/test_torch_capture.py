@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+from torch._dynamo.utils import counters  # noqa: E402
 
 from dspark_cli.backends.base import Row  # noqa: E402
 from dspark_cli.backends.torch.capture import WIDTHS, Recorder, compiled, keys_bucket, recorder_for, width_bucket  # noqa: E402
@@ -222,6 +223,7 @@ def test_compiled_passes_agree_with_eager_ones(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     eager, recorded = (make_target("llama", torch.float32, num_hidden_layers=1) for _ in range(2))
     runs = []
+    counters.clear()
 
     def record(run: Callable) -> Callable:
         runs.append(compiled(run))
@@ -236,3 +238,4 @@ def test_compiled_passes_agree_with_eager_ones(tmp_path: Path, monkeypatch: pyte
             np.testing.assert_allclose(mine.features, plain.features, atol=ATOL)
             assert (mine.logits.argmax(-1) == plain.logits.argmax(-1)).all()
     assert len(runs) == 1, "both passes have three columns: one recording"
+    assert counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"

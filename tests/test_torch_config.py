@@ -145,6 +145,10 @@ def test_our_own_files_say_the_same(raw: dict[str, Any]) -> None:
         ({"layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
         ({"layer_types": ["sliding_attention"] * 2}, "need a sliding_window"),
         ({"layer_types": ["linear_attention"] * 2}, "unknown layer types"),
+        ({"architectures": 5}, "drafter config"),
+        ({"architectures": [["x"]]}, "drafter config"),
+        ({"rope_parameters": "default"}, "drafter config"),
+        ({"head_dim": None, "num_attention_heads": 0}, "drafter config"),
     ],
 )
 def test_unusable_configs_say_why(changes: dict[str, Any], message: str) -> None:

@@ -56,18 +56,52 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
     },
 }
+GEMMA4 = FAMILIES["gemma4_text"]
+#: models that see and hear as well, as they are published: model_type -> (of its text part, what that needs, the others)
+PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # Gemma 3 from 4B on
+    "gemma3": (
+        "gemma3_text",
+        FAMILIES["gemma3_text"],
+        {
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    # Gemma 4 E2B, E4B: embeddings of every layer, the last layers without keys and values of their own
+    "gemma4": (
+        "gemma4_text",
+        {**GEMMA4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": N_VOCAB, "num_kv_shared_layers": 2},
+        {"vision_config": None, "audio_config": None},
+    ),
+    "gemma4_unified": ("gemma4_unified_text", GEMMA4, {}),  # Gemma 4 12B
+}
+
+
+def family_config(kind: str) -> transformers.PretrainedConfig:
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    if kind in FAMILIES:
+        return transformers.CONFIG_MAPPING[kind](**{**SIZES, **FAMILIES[kind]})
+    text, needs, others = PUBLISHED[kind]
+    return transformers.CONFIG_MAPPING[kind](text_config={"model_type": text, **SIZES, **needs}, **others)
 
 
 def open_family(kind: str, folder: Path) -> TorchTarget:
-    if kind not in transformers.CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
-    config = transformers.CONFIG_MAPPING[kind](**{**SIZES, **FAMILIES[kind]})
+    config = family_config(kind)
     tiny_model(config).save_pretrained(folder)
     save_tokenizer(folder)
     return open_target(folder, TorchOptions(n_seq=2, threads=1, capture="off"))
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [*FAMILIES, *PUBLISHED])
 def test_passes_equal_those_of_transformers(kind: str, tmp_path: Path) -> None:
     with open_family(kind, tmp_path) as target:
         tokens = np.random.default_rng(3).integers(0, N_VOCAB, size=40).tolist()

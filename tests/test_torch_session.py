@@ -89,6 +89,29 @@ def test_a_second_turn_computes_only_what_is_new(files: Path) -> None:
     assert begun.cached >= len(first.prompt) + len(said) - 1
 
 
+def test_another_drafter_beside_a_loaded_target(files: Path) -> None:
+    """What /drafter and /policy of the chat window do; the text stays."""
+    with Session.open(options(files, "lookup", policy="fixed:3")) as session:
+        request = session.text_request("one two three one two", max_tokens=20, sampling=SamplingOptions())
+        found = []
+        for drafter, policy in (("lookup", "fixed:2"), ("dspark", "fixed:3"), ("eagle3", "auto"), ("none", "off")):
+            session.switch(options(files, drafter, policy=policy))
+            assert session.policy == policy
+            found.append([t for r in session.run(request) for t in r.tokens])
+        with pytest.raises(DsparkError, match=r"no config.json"):
+            session.switch(options(files, str(files)))
+        found.append([t for r in session.run(request) for t in r.tokens])
+    assert found == [found[0]] * 5
+
+
+def test_formats_are_of_ggufs(files: Path) -> None:
+    from dspark_cli.cli.bench import _formats
+
+    with pytest.raises(BadInput, match="target is a checkpoint folder"):
+        _formats("Q8_0", files / "target")
+    assert _formats(None, files / "target") == [files / "target"]
+
+
 def test_bench_runs_on_it(files: Path) -> None:
     results = Results()
     settings = Settings(kinds=("question",), temperatures=(0.0,), prompts=1, tokens=8, repeats=1)

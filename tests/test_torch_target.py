@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from dspark_cli.engine.decode import Engine  # noqa: E402
 from dspark_cli.engine.rounds import Request  # noqa: E402
 from dspark_cli.engine.schedule import Fixed, Off  # noqa: E402
 from dspark_cli.registry.plan import TargetSize  # noqa: E402
-from dspark_cli.registry.sizes import as_computed  # noqa: E402
+from dspark_cli.registry.sizes import as_computed, target_size  # noqa: E402
 from tiny import HIDDEN, N_LAYER, N_VOCAB, tiny_checkpoint, tiny_config, tiny_drafter, tiny_model  # noqa: E402
 
 
@@ -94,3 +96,14 @@ def test_the_plan_counts_what_is_computed(tmp_path: Path, monkeypatch: pytest.Mo
         folder = stored(tmp_path / machine, stored_as)
         planned, kv_type = as_computed(size, folder, kind)
         assert (planned.weights, kv_type) == wanted
+        # what the files hold counts, not what config.json says of them
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32", "torch_dtype": "bfloat16"}))
+        assert as_computed(size, folder, kind) == (planned, kv_type)
+
+
+def test_the_same_weights_twice_are_counted_once(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model")
+    before = target_size(folder)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert target_size(folder) == before

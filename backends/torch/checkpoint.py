@@ -129,10 +129,13 @@ def _named_weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            outside = any(Path(name).name != name for name in names)
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise BadCheckpoint(f"{index} cannot be read: {error}") from None
-        if any(Path(name).name != name for name in names):
+        if outside:
             raise BadCheckpoint(f"{index} names files outside its folder")
+        if not names:
+            raise BadCheckpoint(f"{index} names no weight files", hint="download it again")
         return [folder / name for name in sorted(names)]
     pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickled:

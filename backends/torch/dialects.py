@@ -49,8 +49,8 @@ def parse_config(raw: Json) -> DrafterConfig:
     """Convert config.json of any known dialect. Raises BadCheckpoint for what no dialect explains."""
     if not isinstance(raw, Mapping):
         raise BadCheckpoint("drafter config: config.json is not an object")
-    architecture = (raw.get("architectures") or ["(none)"])[0]
     try:
+        architecture = (raw.get("architectures") or ["(none)"])[0]
         if "transformer_layer_config" in raw:
             return _from_speculators(raw)
         if architecture in DEEPSPEC_CLASSES:
@@ -59,7 +59,7 @@ def parse_config(raw: Json) -> DrafterConfig:
             return _from_zlab(raw, ZLAB_CLASSES[architecture])
     except KeyError as error:
         raise BadCheckpoint(f"drafter config: {error.args[0]} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise BadCheckpoint(f"drafter config: {error}") from None
     known = ", ".join([*DEEPSPEC_CLASSES, *ZLAB_CLASSES, *(f"speculators {kind}" for kind in SPECULATORS_KINDS)])
     raise BadCheckpoint(f"unknown drafter class {architecture!r} (known: {known})")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from dspark_cli.backends.base import EMPTY_DRAFT, Committed, Draft, Drafter, DraftRequest, DsparkError, FloatArray
-from dspark_cli.backends.torch.checkpoint import TargetTables, check_pair, load_drafter
-from dspark_cli.backends.torch.devices import is_out_of_memory
+from dspark_cli.backends.torch.checkpoint import TargetTables, check_pair, load_drafter, read_shapes
+from dspark_cli.backends.torch.devices import detect, is_out_of_memory
 from dspark_cli.backends.torch.dialects import read_config
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
+from dspark_cli.backends.torch.folder import out_of_memory
 from dspark_cli.backends.torch.layers import Attend
 from dspark_cli.backends.torch.passes import Picker, Span, Vocabulary
 from dspark_cli.backends.torch.store import RowStore
@@ -39,7 +41,8 @@ def open_drafter(
 ) -> TorchDrafter:
     """The drafter in `folder` for a target of these sizes.
 
-    Raises BadCheckpoint for a checkpoint that cannot be used, PairMismatch for one that belongs to another target.
+    Raises BadCheckpoint for a checkpoint that cannot be used, PairMismatch for one that belongs to another target,
+    NotReady (exit code 3) where its weights do not fit.
     same_tokens: the caller compared the tokenizers, so the vocabularies may differ by padding.
     """
     config = read_config(folder)  # the pair is checked before its weights are read
@@ -52,7 +55,14 @@ def open_drafter(
         same_tokens=same_tokens,
         name=folder.name,
     )
-    model = load_drafter(folder, tables=tables, dtype=dtype, device=device)
+    try:
+        model = load_drafter(folder, tables=tables, dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        needed = sum(map(prod, read_shapes(folder).values())) * dtype.itemsize
+        free = next((facts.free for facts in detect() if facts.torch_name == str(device)), 0)
+        raise out_of_memory(f"the drafter {folder.name}", needed, free, hint="--drafter lookup needs nothing") from None
     return make_drafter(model, name=folder.name, n_vocab=n_vocab)
 
 

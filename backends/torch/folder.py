@@ -6,6 +6,7 @@ import json
 import struct
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dspark_cli.backends.torch.dialects import DEEPSPEC_CLASSES, ZLAB_CLASSES
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 #: bytes of a safetensors table that are read at most
 LONGEST_TABLE = 100 << 20
-#: dtypes that may lie beside the weights (counters, masks, maps)
+#: dtypes that may lie beside the weights (counters, masks, maps); as a weight they would be read as numbers they are not
 BESIDE = {"I64", "I32", "BOOL", "U8"}
 
 
@@ -48,21 +49,25 @@ def check_folder(path: Path) -> Folder:
     if is_drafter(config):
         raise BadInput(f"{path} is a drafter, not a model that can answer", hint="--drafter FOLDER")
     _check_code(path, config, model_type)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unknown method")
+    quantization = config.get("quantization_config")
+    if quantization:
+        known = isinstance(quantization, dict) and quantization.get("quant_method")
+        method = known or "an unknown method"
         raise BadCheckpoint(
             f"{path} is quantized by {method}: the torch backend runs float32, bfloat16 and float16",
             hint="its unquantized repository, or a GGUF of it",
         )
-    files = weight_files(path)
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise BadCheckpoint(
-            f"{path} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing[:3])}",
-            hint="download it again",
-        )
-    sizes = _sizes(files)
-    return Folder(path, config, model_type, DTYPES[sizes.most_common(1)[0][0]], sum(sizes.values()))
+    sizes = _sizes(path)
+    return Folder(path, config, model_type, _most(sizes), sum(sizes.values()))
+
+
+def stored_dtype(path: Path) -> str:
+    """The dtype of most values in a checkpoint, as its files say: config.json may say another. Raises BadCheckpoint."""
+    return _most(_sizes(path))
+
+
+def _most(sizes: Counter[str]) -> str:
+    return DTYPES[sizes.most_common(1)[0][0]]
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -81,8 +86,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 def is_drafter(config: dict[str, Any]) -> bool:
     """Whether a checkpoint reads features of a target (DSpark, DFlash, Eagle3) and is no model of its own."""
-    classes = {*DEEPSPEC_CLASSES, *ZLAB_CLASSES}
-    return "speculators_model_type" in config or bool(classes & set(config.get("architectures") or ()))
+    named = config.get("architectures")
+    classes = [*DEEPSPEC_CLASSES, *ZLAB_CLASSES]
+    return "speculators_model_type" in config or any(name in classes for name in _listed(named))
+
+
+def _listed(value: Any) -> list[Any]:
+    """What a config gives as a list, a mapping's keys, or alone."""
+    return list(value) if isinstance(value, list | dict) else [value]
 
 
 def _check_code(path: Path, config: dict[str, Any], model_type: str) -> None:
@@ -94,7 +105,7 @@ def _check_code(path: Path, config: dict[str, Any], model_type: str) -> None:
         return
     if config.get("auto_map"):
         raise BadCheckpoint(
-            f"{path} needs code that comes with it (auto_map: {', '.join(sorted(config['auto_map']))}); "
+            f"{path} needs code that comes with it (auto_map: {', '.join(map(str, _listed(config['auto_map'])))}); "
             "dspark never runs code from a model",
             hint="a GGUF of it, or a release of transformers that has this model",
         )
@@ -105,48 +116,60 @@ def _check_code(path: Path, config: dict[str, Any], model_type: str) -> None:
     )
 
 
-def _sizes(files: list[Path]) -> Counter[str]:
-    """safetensors dtype -> values in it, over all files. Raises BadCheckpoint for dtypes that cannot be computed in."""
+def _sizes(path: Path) -> Counter[str]:
+    """safetensors dtype -> values in it, over all weight files.
+
+    Raises BadCheckpoint for files that are missing or damaged, and for dtypes that cannot be computed in.
+    """
+    files = weight_files(path)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise BadCheckpoint(
+            f"{path} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing[:3])}",
+            hint="download it again",
+        )
     sizes: Counter[str] = Counter()
     for file in files:
-        for name, tensor in _header(file).items():
-            if name == "__metadata__":
-                continue
-            dtype, shape = tensor["dtype"], tensor["shape"]
+        for name, (dtype, count) in _header(file).items():
             if dtype in DTYPES:
-                count = 1
-                for width in shape:
-                    count *= width
                 sizes[dtype] += count
-            elif dtype not in BESIDE:
+            elif dtype not in BESIDE or name.endswith(".weight"):
                 raise BadCheckpoint(
                     f"{file.name}: {name} is {dtype}; the torch backend runs {', '.join(DTYPES)}",
                     hint="a GGUF of it, or its unquantized checkpoint",
                 )
     if not sizes:
-        raise BadCheckpoint(f"{files[0].parent} has no weights in its safetensors files")
+        raise BadCheckpoint(f"{path} has no weights in its safetensors files")
     return sizes
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """The table of a safetensors file, checked against the file's size."""
+def _header(file: Path) -> dict[str, tuple[str, int]]:
+    """Dtype and number of values of every tensor in a safetensors file, whose table is checked against its size."""
+    found: dict[str, tuple[str, int]] = {}
+    end = 0
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            table: dict[str, Any] = json.loads(stream.read(min(length, LONGEST_TABLE)))
-        end = max((entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"), default=0)
+            table = json.loads(stream.read(min(length, LONGEST_TABLE)).decode("utf-8"))
+        for name, entry in table.items():
+            if name != "__metadata__":
+                found[name] = (str(entry["dtype"]), prod(map(int, entry["shape"])))
+                end = max(end, int(entry["data_offsets"][1]))
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise BadCheckpoint(f"{file} cannot be read: {error}", hint="download it again") from None
+        raise BadCheckpoint(
+            f"{file} cannot be read as safetensors: {type(error).__name__}: {error}", hint="download it again"
+        ) from None
     if file.stat().st_size != 8 + length + end:
         raise BadCheckpoint(
             f"{file} has {file.stat().st_size} bytes, its table needs {8 + length + end}", hint="download it again"
         )
-    return table
+    return found
 
 
-def out_of_memory(what: str, needed: int, free: int) -> NotReady:
+def out_of_memory(what: str, needed: int, free: int, hint: str = "a smaller --ctx, or a GGUF of the model") -> NotReady:
     """The numbers of an allocation that failed (exit code 3)."""
-    return NotReady(
-        f"{what} needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB can be used",
-        hint="a smaller --ctx, or a GGUF of the model",
-    )
+    return NotReady(f"{what} needs about {_amount(needed)}, {_amount(free)} can be used", hint=hint)
+
+
+def _amount(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

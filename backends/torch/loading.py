@@ -9,11 +9,19 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from dspark_cli.backends.torch import attention
 from dspark_cli.backends.torch.config import BadCheckpoint
 from dspark_cli.backends.torch.devices import Facts, is_out_of_memory
 from dspark_cli.backends.torch.folder import out_of_memory
+
+#: what transformers raises for folders that it cannot load
+UNLOADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -33,9 +41,10 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadCheckpoint(f"{folder} cannot be loaded: {reason}") from None
+    except UNLOADABLE as error:
+        if is_out_of_memory(error):
+            raise
+        raise BadCheckpoint(f"{folder} cannot be loaded: {_reason(error)}") from None
     for name in sorted(loaded["mismatched_keys"], key=str):
         raise BadCheckpoint(f"{folder}: {_misshapen(name)}")
     missing = sorted(map(str, loaded["missing_keys"]))
@@ -53,12 +62,22 @@ def _misshapen(key: str | tuple[str, torch.Size, torch.Size]) -> str:
     return f"{name} has shape {tuple(found)}, config.json says {tuple(needed)}"
 
 
+def _reason(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    if attention.NAME in str(error):
+        return "transformers' code for this kind of model has attention of its own, which cannot be replaced"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, StrictDataclassError) and len(lines) > 1:
+        lines = lines[1:]  # the first says which validator it was
+    return lines[0] if lines else type(error).__name__
+
+
 def end_tokens(model: Any) -> list[int]:
     """Every token that config and generation config call an end."""
     found: list[int] = []
     for config in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         eos = getattr(config, "eos_token_id", None)
-        found += eos if isinstance(eos, list) else [] if eos is None else [eos]
+        found += [token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int)]
     return found
 
 
@@ -81,8 +100,9 @@ def unfit(name: str) -> Iterator[None]:
     except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadCheckpoint(f"{name} cannot be run by the torch backend: {reason}", hint="a GGUF of it") from error
+        raise BadCheckpoint(
+            f"{name} cannot be run by the torch backend: {_reason(error)}", hint="a GGUF of it"
+        ) from error
 
 
 @contextmanager

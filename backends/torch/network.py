@@ -57,6 +57,11 @@ class Network:
         """[V, d]; the embedding itself where they are tied."""
         return self.model.get_output_embeddings().weight
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(int(parameter.nbytes) for parameter in self.model.parameters())
+
     def take(self, layers: Sequence[int], hidden: bool) -> None:
         """Keep the outputs of these decoder layers (-1 = the embeddings) from now on, and what the output head reads."""
         for handle in self._handles:

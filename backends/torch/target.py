@@ -93,6 +93,7 @@ def open_target(folder: str | Path, options: TorchOptions | None = None, *, name
     options = options or TorchOptions()
     found = check_folder(Path(folder))
     facts = pick(options.device, detect())
+    capture_for(options.capture, facts)  # a switch that is none is told before minutes of loading
     dispatch.use("triton" if uses_triton(facts, dispatch.installed) else "reference")
     dtype = options.dtype or dtype_for(found.dtype, facts, found.model_type)
     with failures(f"{found.path.name} in {dtype}", found.n_bytes(dtype), facts):
@@ -150,12 +151,12 @@ class TorchTarget(Target):
             n_seq=options.n_seq,
             details={"threads": threads, "kv_type": dtype, "capture": how, "chip": facts.name},
         )
-        with unfit(name):
+        with unfit(name), failures(f"a first pass of {name}", network.n_bytes, facts):
             self.cache = self._make_cache(options.n_seq, facts)
         self._recorder = (
             None if how == "off" else Recorder(network, self.cache, options.n_seq, recorder_for(how, self.device))
         )
-        with unfit(name):
+        with unfit(name), failures(f"a first pass of {name}", network.n_bytes + self.cache.store.size_bytes, facts):
             self._check_cache()
 
     @torch.inference_mode()
@@ -166,8 +167,8 @@ class TorchTarget(Target):
             raise DsparkError(f"{self.info.name} caches no keys and values: it cannot take back tokens")
         like = self.network.embedding
         values = sum(heads * (key + value) for heads, key, value in shapes.values())
-        needed = values * n_seq * (self._n_ctx + 1) * like.element_size()
-        with failures(f"{n_seq} x {self._n_ctx} tokens of context for {self.info.name}", needed, facts):
+        needed = self.network.n_bytes + values * n_seq * (self._n_ctx + 1) * like.element_size()
+        with failures(f"{self.info.name} with {n_seq} x {self._n_ctx} tokens of context", needed, facts):
             return KeyValues(shapes, n_seq, self._n_ctx, like)
 
     def _check_ids(self) -> Tensor:
@@ -233,7 +234,7 @@ class TorchTarget(Target):
             return self._in_parts(rows)
         try:
             return self._pass(rows)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         return self._after_out_of_memory(rows)

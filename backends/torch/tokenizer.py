@@ -22,11 +22,24 @@ def open_tokenizer(folder: Path, n_vocab: int, eos: Iterable[int]) -> HfTokenize
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        if _has_code(folder):
+            raise BadCheckpoint(
+                f"the tokenizer of {folder} needs code that comes with it (auto_map); dspark never runs code from a model",
+                hint="a GGUF of it",
+            ) from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadCheckpoint(f"the tokenizer of {folder} cannot be loaded: {reason}", hint="download it again") from None
     if not getattr(tokenizer, "is_fast", False):
         raise BadCheckpoint(f"{folder} has no tokenizer.json (only {type(tokenizer).__name__} reads its vocabulary)")
     return HfTokenizer(tokenizer, n_vocab, eos)
+
+
+def _has_code(folder: Path) -> bool:
+    """Whether its tokenizer is a class that the folder brings along."""
+    try:
+        return "auto_map" in json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 class HfTokenizer(Tokenizer):

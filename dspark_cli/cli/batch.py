@@ -28,7 +28,7 @@ def batch(
         Path | None, typer.Option("--output", "-o", help="Results: .jsonl, or .csv (the input with added columns).")
     ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Results as one file per input file, in this folder.")] = None,
-    model: Annotated[str, typer.Option(help="Name, Hub repository or GGUF file.")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help="Name, Hub repository, GGUF file or checkpoint folder.")] = "smollm2-135m",
     parallel: Annotated[
         str, typer.Option(help="Sequences decoded at once: a number, or auto (at most 16, by memory and items).")
     ] = "auto",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Name from `dspark models`, or path to a GGUF file.")] = "smollm2-135m",
+    model: Annotated[str, typer.Argument(help=o.MODEL)] = "smollm2-135m",
     local: Annotated[
         bool, typer.Option("--local", help="Measure in this process (the only way there is so far).")
     ] = False,
@@ -116,6 +116,8 @@ def _formats(wanted: str | None, source: Path) -> list[Path]:
 
     if wanted is None:
         return [source]
+    if source.is_dir():
+        raise BadInput(f"--formats requantizes a GGUF file; {source.name} is a checkpoint folder", hint="no --formats")
     names = list(dict.fromkeys(name.strip().upper() for name in wanted.split(",")))
     for name in names:
         if name not in FORMATS:

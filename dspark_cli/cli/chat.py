@@ -15,7 +15,7 @@ from dspark_cli.cli import options as o
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="Name from `dspark models`, or path to a GGUF file.")] = "smollm2-135m",
+    model: Annotated[str, typer.Argument(help=o.MODEL)] = "smollm2-135m",
     plain: Annotated[bool, typer.Option("--plain", help="Line by line, without a full-screen interface.")] = False,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a saved conversation (.json or .md).")] = None,

@@ -23,13 +23,8 @@ if TYPE_CHECKING:
 ACCELERATORS = ("cuda", "rocm", "metal")
 BACKENDS = ("auto", "llamacpp", "torch", *ACCELERATORS, "cpu")
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Name from `dspark models`, Hub repository (owner/name), or path to a GGUF file or a checkpoint folder.",
-        show_default=False,
-    ),
-]
+MODEL = "Name from `dspark models`, Hub repository (owner/name), or path to a GGUF file or a checkpoint folder."
+Model = Annotated[str, typer.Argument(help=MODEL, show_default=False)]
 Drafter = Annotated[
     str,
     typer.Option(

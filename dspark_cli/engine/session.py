@@ -142,7 +142,6 @@ class Session:
 
         The next answer computes its whole prompt again, as the new drafter has not seen it.
         """
-        assert isinstance(self.target, LlamaCppTarget)
         schedule = parse_policy(options.policy or DEFAULT_POLICY)
         if options.drafter == "none":
             schedule = _no_drafter(options)

@@ -26,10 +26,10 @@ def as_computed(target: TargetSize, folder: Path, kind: str) -> tuple[TargetSize
     A CPU without bfloat16 instructions computes in float32, which takes twice the bytes of the files.
     """
     from dspark_cli.backends.torch.devices import detect, dtype_for, pick
+    from dspark_cli.backends.torch.folder import stored_dtype
 
-    raw = _config(folder)
-    stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    dtype = dtype_for(stored, pick(kind, detect()), str(raw.get("model_type") or ""))
+    stored = stored_dtype(folder)
+    dtype = dtype_for(stored, pick(kind, detect()), str(_config(folder).get("model_type") or ""))
     grows = (4 if dtype == "float32" else 2) / (4 if stored == "float32" else 2)
     words = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
     return replace(target, weights=int(target.weights * grows)), words[dtype]
@@ -194,4 +194,6 @@ def through_torch(drafter: DrafterSize, folder: Path, target: TargetSize) -> Dra
 
 
 def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    # "consolidated" is the same weights once more, in their makers' own layout
+    files = [path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated")]
+    return sum(path.stat().st_size for path in files)
