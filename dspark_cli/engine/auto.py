@@ -30,6 +30,9 @@ ENOUGH = 8  # drafts seen before the block to draft is chosen by them
 REVIEW = 32  # rounds between two choices of the block to draft
 MARGINAL = 1.15  # a gain below this may be a wrong cost of plain decoding: ...
 PLAIN_EVERY = 32  # ... then so many rounds at most go by without a plain one to measure it by
+WORTH = (
+    1.03  # speed over not verifying that a draft must promise: less is within what costs and confidences are wrong by
+)
 TRUSTED = 1.05  # a drafter that gained this much in earlier runs, at this machine's costs, gets more patience
 HOPELESS = 0.95  # one that would have lost this much is parked before its first pass
 UNKNOWN = "not known yet to pay"  # why nothing is verified while the drafter is watched for the first time
@@ -215,7 +218,11 @@ class AutoSchedule(Schedule):
         tokens, cost = self._now.past
         carry = (tokens * plan.shared, min(cost, tokens) * plan.plain)
         cap = self._room if self.cap is None else min(self._room, self.cap - plan.shared)
-        return admit(offered, ms, early_stop=sampled, carry=carry, cap=cap)
+        lengths = admit(offered, ms, early_stop=sampled, carry=carry, cap=cap)
+        if sampled or not any(lengths):  # a look at all that was admitted would anticipate
+            return lengths
+        gained = 1.0 + self._promised(offered, lengths)
+        return lengths if gained * ms[0] > WORTH * ms[sum(lengths)] else [0] * len(drafts)
 
     def _promised(self, survival: Sequence[Array], lengths: Sequence[int]) -> float:
         """Accepted tokens per request that calibrated confidences promise."""
