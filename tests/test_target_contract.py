@@ -165,6 +165,11 @@ def test_features_belong_to_their_tokens(target: Target, text: list[int]) -> Non
     whole = whole.copy()
     singles = np.concatenate([target.step([Row(1, [t])])[0].features.copy() for t in text[:20]])  # type: ignore[union-attr]
     np.testing.assert_allclose(singles, whole, atol=ATOL)
+    target.request_features((3, -1))  # in the order asked for
+    turned = target.step([Row(2, text[:5], 0)])[0].features
+    assert turned is not None
+    np.testing.assert_allclose(turned, np.hstack([whole[:5, 2 * HIDDEN :], whole[:5, :HIDDEN]]), atol=ATOL)
+    target.drop(2)
     target.request_features((3,))
     together = target.step([Row(2, text[:5]), Row(0, text[20:22])])
     np.testing.assert_allclose(together[0].features, whole[:5, 2 * HIDDEN :], atol=ATOL)
