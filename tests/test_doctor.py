@@ -305,7 +305,7 @@ class TestWatch:
 
     def test_never_proposed(self) -> None:
         [text] = self.run("dspark")
-        assert "proposed nothing in 50 rounds" in text
+        assert text.startswith("warning: the dspark drafter proposed nothing in 50 rounds")
 
     def test_quiet_before_fifty_rounds_and_once_one_was_accepted(self) -> None:
         assert not self.run("dspark", FIRST_ROUNDS - 1)
@@ -313,7 +313,7 @@ class TestWatch:
 
     def test_parked_from_the_start(self) -> None:
         [text] = self.run("dspark", parked="0.7x expected")
-        assert "proposed nothing in 50 rounds" in text
+        assert text.startswith("note: the dspark drafter proposed nothing in 50 rounds")
         assert "parked (0.7x expected)" in text
 
     def test_lookup_may_find_nothing(self) -> None:

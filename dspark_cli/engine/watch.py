@@ -45,11 +45,13 @@ class Watch:
 
     def _words(self, sure: bool) -> str:
         parked = f"speculation is parked ({self.parked})" if self.parked else ""
+        nothing = f"the {self.kind} drafter proposed nothing in {self.rounds} rounds"
+        if not self.proposed and parked:  # as the policy wants it: nothing is wrong with the pair
+            return f"note: {nothing}: {parked}. --drafter lookup saves its memory"
         if not self.proposed:
             return (
-                f"warning: the {self.kind} drafter proposed nothing in {self.rounds} rounds. Likely cause: "
-                f"{parked or 'its block is empty, or the policy never asks it'}. `dspark doctor MODEL` shows the pair; "
-                "--drafter lookup saves its memory"
+                f"warning: {nothing}. Likely cause: its block is empty, or the policy never asks it. "
+                "`dspark doctor MODEL` shows the pair; --drafter lookup saves its memory"
             )
         cause = {
             "small": "another tokenizer or another chat template than the target's",
