@@ -14,10 +14,10 @@ from statistics import median
 import numpy as np
 
 from dspark_cli.backends.base import DraftRequest, Row
+from dspark_cli.engine.profile import TAKEN_IN
 from dspark_cli.engine.session import OpenOptions, Session
 from dspark_cli.registry import resolve
 
-TAKEN_IN = 2  # tokens of each sequence whose features a round hands over
 REPEATS = 9
 
 

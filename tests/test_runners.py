@@ -14,6 +14,7 @@ from dspark_cli.backends.base import BadInput, DsparkError
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.engine import runners
+from dspark_cli.engine.profile import SEVERAL
 from dspark_cli.registry import resolve
 
 
@@ -52,8 +53,8 @@ def test_several_sequences_are_timed_once_and_not_one_for_the_other(path: Path, 
 
 
 def test_as_many_as_are_timed_together_or_more_are_one_case(path: Path, timed: list[int]) -> None:
-    assert [chosen(path, n) for n in (runners.SEVERAL, 64)] == ["torch"] * 2
-    assert timed == [runners.SEVERAL]
+    assert [chosen(path, n) for n in (SEVERAL, 64)] == ["torch"] * 2
+    assert timed == [SEVERAL]
 
 
 def test_one_sequence_is_timed_by_calibrate_only(path: Path, timed: list[int]) -> None:

@@ -220,8 +220,7 @@ _views: dict[tuple[int, int, int], FloatArray] = {}
 def rows_at(pointer: Any, n_rows: int, width: int) -> FloatArray:
     """A view [n_rows, width] of native floats; valid until the context decodes again.
 
-    Views are kept by address: libllama answers from the same buffers pass after pass, and making a view takes as long as the
-    argmax of its row.
+    Views are kept by address: libllama answers from the same buffers pass after pass, and a round asks for half a dozen.
     """
     key = (ctypes.cast(pointer, ctypes.c_void_p).value or 0, n_rows, width)
     view = _views.get(key)

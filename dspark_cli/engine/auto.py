@@ -273,9 +273,8 @@ class AutoSchedule(Schedule):
             unknown = outcome.kept == outcome.judged < length
             brought += float(trial.survival[i][:length].sum()) if unknown else min(outcome.kept, length)
         self._learn(judged)
-        self._count_pass(
-            [o.draft for o in outcomes], [trial.survival[i] for i in trial.watched], trial.expected, trial.extra
-        )
+        survival = [trial.survival[i] for i in trial.watched]
+        self._count_pass(trial.regime, [o.draft for o in outcomes], survival, trial.expected, trial.extra)
         trial.regime.pass_guard.observe(trial.expected, 1.0 + brought / len(outcomes), trial.cost, spent=trial.spent)
 
     def _beliefs(self, drafts: Sequence[Draft]) -> tuple[list[Array], list[Array]]:
@@ -340,7 +339,7 @@ class AutoSchedule(Schedule):
             self._trial.spent = (times.draft + times.inject) / plan.plain
         if plan.passed and not self._watched:
             extra = float(plan.verify[plan.verified] - plan.verify[0]) / plan.plain
-            self._count_pass([o.draft for o in outcomes], plan.survival, plan.expected, extra)
+            self._count_pass(now, [o.draft for o in outcomes], plan.survival, plan.expected, extra)
             self.pass_guard.observe(plan.expected, brought, cost)
         else:
             self._skip_pass()
@@ -348,12 +347,14 @@ class AutoSchedule(Schedule):
                 self.quick_guard.observe(plan.expected, brought, cost)
         self._parked = None if plan.verified or (plan.passed and not self._watched) else self._why_parked()
 
-    def _count_pass(self, drafts: Sequence[Draft], survival: Sequence[Array], expected: float, extra: float) -> None:
+    def _count_pass(
+        self, regime: Regime, drafts: Sequence[Draft], survival: Sequence[Array], expected: float, extra: float
+    ) -> None:
         """Remember what a pass was worth: `expected` tokens a request, for `extra` plain tokens of verifying."""
         plan = self._plan
         gain = expected - 1.0 - extra * plan.worth * plan.plain / plan.shared
-        before = self._now.promise
-        self._now.promise = gain if before is None else before + 0.1 * (gain - before)
+        before = regime.promise
+        regime.promise = gain if before is None else before + 0.1 * (gain - before)
         for draft, a in zip(drafts, survival, strict=True):
             if len(a):
                 self._pass_sources.add(draft.source)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from platformdirs import user_cache_path
 
-from dspark_cli.backends.base import Drafter, DraftRequest, FloatArray, Row, Target
+from dspark_cli.backends.base import Drafter, DraftRequest, Row, Target
 from dspark_cli.backends.machine import installed, processor
 from dspark_cli.engine.costs import CostModel, Curve
 
@@ -149,7 +149,7 @@ def measure(
     if progress is not None:
         bench.tell = lambda: progress(min(1.0, max(0.0, 1.0 - (end - clock()) / seconds)) if seconds else 1.0)
     try:
-        depth = bench.fill(min(SHALLOW, target.info.n_ctx // 4))
+        depth = bench.fill_all(min(SHALLOW, target.info.n_ctx // 4))
         first = max(bench.verify(1) for _ in range(2))  # warm: the first passes build graphs and wake threads
         jobs = [Job("verify", depth, n) for n in _affordable(bench.widths(), first, 0.5 * seconds * 1e3)]
         jobs += bench.drafting(depth)
@@ -187,10 +187,9 @@ class _Bench:
         self.target, self.drafter, self.clock = target, drafter, clock
         self.tell: Callable[[], None] = lambda: None  # after each pass; may raise to end the measurement
         self._ids = np.random.default_rng(0).integers(0, target.info.n_vocab, size=4096).tolist()
-        self._committed: list[tuple[list[int], FloatArray | None]] = []  # what `fill` gave the drafter
         self.widest = min((drafter.block_size if drafter else 0) + 1, target.max_rows)
         self.pass_block = drafter.pass_block if drafter is not None and drafter.has_pass else 0
-        self._sequences = min(SEVERAL, target.info.n_seq)
+        self._sequences = min(SEVERAL, target.info.n_seq) if self.pass_block else 1
 
     def widths(self) -> list[int]:
         """Tokens per pass worth measuring, most telling first; with several sequences also what all of them may need."""
@@ -199,17 +198,13 @@ class _Bench:
         return list(dict.fromkeys(n for n in order if n <= most))
 
     def drafting(self, depth: int) -> list[Job]:
-        """What is to be known of the drafter's pass, warm; of several sequences each as long as the first."""
+        """What is to be known of the drafter's pass, warm."""
         if not self.pass_block:
             return []
         assert self.drafter is not None
         jobs = [Job("draft", depth, n) for n in sorted({1, (self.pass_block + 1) // 2, self.pass_block})]
         jobs += [Job("inject", depth, TAKEN_IN)]
         if self._sequences > 1:
-            for seq in range(1, self._sequences):
-                self.target.fork(0, seq)
-                for tokens, features in self._committed:  # not forked: as many cells as sequences have of their own
-                    self.drafter.observe(seq, tokens, features)
             jobs += [Job("draft", depth, n, self._sequences) for n in sorted({1, self.pass_block})]
             jobs += [Job("inject", depth, TAKEN_IN, self._sequences)]
         for sequences in {1, self._sequences}:
@@ -217,21 +212,33 @@ class _Bench:
             self.inject(TAKEN_IN, sequences)
         return jobs
 
-    def fill(self, depth: int, until: float = float("inf")) -> int:
-        """Grow the cached text to `depth` tokens, or as far as time allows; returns its length."""
+    def fill_all(self, depth: int) -> int:
+        """`fill` every sequence that is measured; the drafter's are not forked: each has as many cells of its own."""
+        length = self.fill(depth, sequences=self._sequences)
+        for seq in range(1, self._sequences):
+            self.target.fork(0, seq)
+        return length
+
+    def fill(self, depth: int, *, sequences: int = 1, until: float = float("inf")) -> int:
+        """Grow sequence 0 of the target, and as many as `sequences` of the drafter, to `depth` tokens or as far as time
+        allows; returns the length."""
         while (length := self.target.length(0)) < depth and self.clock() < until:
             chunk = self._ids[length : min(depth, length + 64)]
             output = self.target.step([Row(0, chunk, n_logits=1)])[0]
             if self.drafter is not None:
-                features = None if output.features is None else output.features.copy()
-                self._committed.append((chunk, features))
-                self.drafter.observe(0, chunk, features)
+                for seq in range(sequences):
+                    self.drafter.observe(seq, chunk, output.features)
         if self.pass_block:
             self.draft(1, 1)  # takes in what waits
         return self.target.length(0)
 
-    def verify(self, tokens: int, sequences: int = 1) -> float:
-        assert sequences == 1
+    def run(self, job: Job) -> float:
+        """ms of one job."""
+        if job.kind == "verify":
+            return self.verify(job.tokens)
+        return (self.draft if job.kind == "draft" else self.inject)(job.tokens, job.sequences)
+
+    def verify(self, tokens: int) -> float:
         length, native, began = self.target.length(0), self.target.native_ms, self.clock()
         self.target.step([Row(0, self._ids[:tokens])])
         wall = (self.clock() - began) * 1e3
@@ -260,16 +267,11 @@ class _Bench:
         return wall + self.drafter.inject_ms - delayed
 
     def sample(self, profile: Profile, jobs: Sequence[Job], repeats: int, until: float) -> None:
-        run: dict[str, Callable[[int, int], float]] = {
-            "verify": self.verify,
-            "draft": self.draft,
-            "inject": self.inject,
-        }
         for repeat in range(repeats):
             for job in jobs if repeat % 2 == 0 else list(reversed(jobs)):
                 if self.clock() >= until:
                     return
-                profile.add(job, run[job.kind](job.tokens, job.sequences))
+                profile.add(job, self.run(job))
                 self.tell()
 
     def clean(self) -> None:

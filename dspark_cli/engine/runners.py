@@ -29,14 +29,12 @@ from dspark_cli.backends.llamacpp.header import read_header
 from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.backends.machine import installed, processor
-from dspark_cli.engine.profile import budget_s, file_facts
+from dspark_cli.engine.profile import SEVERAL, TAKEN_IN, budget_s, file_facts
 
 RUNNERS = ("auto", "llamacpp", "torch")
 BETTER = 0.9  # of the other's time: torch takes a second to import, and must be worth it
 REPEATS = 9
 CONTEXT = 64  # tokens of context that the passes are timed with
-TAKEN_IN = 2  # tokens a sequence of which each pass takes in the features
-SEVERAL = 8  # sequences at most that are timed together
 
 
 def open_block_drafter(path: Path, target: LlamaCppTarget, options: ContextOptions, runner: str = "auto") -> Drafter:
@@ -53,9 +51,9 @@ def open_block_drafter(path: Path, target: LlamaCppTarget, options: ContextOptio
         )
     if runner == "auto":
         runner = "torch" if path.is_dir() else _cheaper(path, target, options)
-    return (
-        _torch_drafter(path, target, options.threads) if runner == "torch" else LlamaCppDrafter(path, target, options)
-    )
+    if runner == "torch":
+        return _torch_drafter(path, target, options.threads)
+    return LlamaCppDrafter(path, target, options)
 
 
 def _cheaper(path: Path, target: LlamaCppTarget, options: ContextOptions) -> str:
