@@ -3,12 +3,14 @@
     python tests/measure_several.py --sequences 1,8,16 --depth 128
 
 The embedded pair; one session holds as many sequences as the largest number asks for. Medians, numbers of sequences in turn.
+Ends with the peak memory of the process: compare `--runners llamacpp` with `--runners torch`.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from resource import RUSAGE_SELF, getrusage
 from statistics import median
 
 import numpy as np
@@ -61,11 +63,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", default="1,2,4,8,16")
     parser.add_argument("--depth", type=int, default=128, help="cached tokens of each (default 128)")
+    parser.add_argument("--runners", default="llamacpp,torch")
     options = parser.parse_args()
     counts = [int(n) for n in options.sequences.split(",")]
-    for runner in ("llamacpp", "torch"):
+    for runner in options.runners.split(","):
         for count, (draft, inject) in measure(runner, counts, options.depth).items():
             print(f"{runner:9} {count:3} sequences  draft {draft:6.1f} ms  taking in {inject:5.1f} ms")
+    print(f"peak memory {getrusage(RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")  # kB on Linux
 
 
 if __name__ == "__main__":

@@ -39,12 +39,15 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
+told: list[str] = []
+
+
 def target(n_seq: int) -> Any:
     return SimpleNamespace(info=SimpleNamespace(n_seq=n_seq), context=SimpleNamespace(threads=2))
 
 
 def chosen(path: Path, n_seq: int) -> str:
-    return runners._cheaper(path, target(n_seq), ContextOptions(n_seq=n_seq))
+    return runners._cheaper(path, target(n_seq), ContextOptions(n_seq=n_seq), told.append)
 
 
 def test_several_sequences_are_timed_once_and_not_one_for_the_other(path: Path, timed: list[int]) -> None:
@@ -55,6 +58,13 @@ def test_several_sequences_are_timed_once_and_not_one_for_the_other(path: Path, 
 def test_as_many_as_are_timed_together_or_more_are_one_case(path: Path, timed: list[int]) -> None:
     assert [chosen(path, n) for n in (SEVERAL, 64)] == ["torch"] * 2
     assert timed == [SEVERAL]
+
+
+def test_the_user_hears_of_it_once(path: Path, timed: list[int]) -> None:
+    told.clear()
+    chosen(path, 4)
+    chosen(path, 4)
+    assert told == ["timing who drafts quicker for 4 sequences, llama.cpp or torch (once, a few seconds)"]
 
 
 def test_one_sequence_is_timed_by_calibrate_only(path: Path, timed: list[int]) -> None:

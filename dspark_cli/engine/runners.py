@@ -29,7 +29,7 @@ from dspark_cli.backends.llamacpp.header import read_header
 from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.backends.machine import installed, processor
-from dspark_cli.engine.profile import SEVERAL, TAKEN_IN, budget_s, file_facts
+from dspark_cli.engine.profile import SEVERAL, TAKEN_IN, Notice, budget_s, file_facts
 
 RUNNERS = ("auto", "llamacpp", "torch")
 BETTER = 0.9  # of the other's time: torch takes a second to import, and must be worth it
@@ -37,8 +37,14 @@ REPEATS = 9
 CONTEXT = 64  # tokens of context that the passes are timed with
 
 
-def open_block_drafter(path: Path, target: LlamaCppTarget, options: ContextOptions, runner: str = "auto") -> Drafter:
-    """The drafter in `path` (a `dflash` GGUF or a checkpoint folder) for a GGUF target.
+def open_block_drafter(
+    path: Path,
+    target: LlamaCppTarget,
+    options: ContextOptions,
+    runner: str = "auto",
+    notice: Notice = lambda text: None,
+) -> Drafter:
+    """The drafter in `path` (a `dflash` GGUF or a checkpoint folder) for a GGUF target; `notice` hears what takes long.
 
     Raises PairMismatch or BadCheckpoint for a drafter that does not fit, NotReady where torch is needed and missing.
     """
@@ -50,16 +56,19 @@ def open_block_drafter(path: Path, target: LlamaCppTarget, options: ContextOptio
             hint=f"dspark convert {path} drafter.gguf --target {target.info.path}",
         )
     if runner == "auto":
-        runner = "torch" if path.is_dir() else _cheaper(path, target, options)
+        runner = "torch" if path.is_dir() else _cheaper(path, target, options, notice)
     if runner == "torch":
         return _torch_drafter(path, target, options.threads)
     return LlamaCppDrafter(path, target, options)
 
 
-def _cheaper(path: Path, target: LlamaCppTarget, options: ContextOptions) -> str:
+def _cheaper(path: Path, target: LlamaCppTarget, options: ContextOptions, notice: Notice) -> str:
     """Who runs the drafter, as timed before; for several sequences now, if never before. libllama where nothing is known."""
     known = remembered(path, target)
     if known is None and target.info.n_seq > 1 and _torch_is_here() and budget_s() >= 1:
+        notice(
+            f"timing who drafts quicker for {_sequences(target)} sequences, llama.cpp or torch (once, a few seconds)"
+        )
         try:
             known = remember(path, target, compare(path, target, options))
         except DsparkError:  # libllama says what is wrong with the pair, or runs what torch cannot

@@ -310,11 +310,11 @@ def _open_model_drafter(path: Path, options: OpenOptions, target: Target) -> Dra
     if not isinstance(target, LlamaCppTarget):
         return drafter_beside_torch(path, options, target)
     if path.is_dir():
-        return open_block_drafter(path, target, options.context(), options.drafter_backend)
+        return open_block_drafter(path, target, options.context(), options.drafter_backend, options.notice)
     probe = Model(path, vocab_only=True)
     try:
         if probe.architecture == DRAFTER_ARCHITECTURE:
-            return open_block_drafter(path, target, options.context(), options.drafter_backend)
+            return open_block_drafter(path, target, options.context(), options.drafter_backend, options.notice)
         agree, difference = tokens_agree(target.model, probe)
     finally:
         probe.close()
