@@ -107,7 +107,7 @@ class TestOnline:
         random, platt = np.random.default_rng(seed), OnlinePlatt()
         for _ in range(n):
             x = random.normal(0.5, 1.5, size=3)
-            platt.update(x, (random.random(3) < sigmoid(slope * x + offset)).astype(float))
+            platt.update(x.tolist(), (random.random(3) < sigmoid(slope * x + offset)).astype(float).tolist())
         x = random.normal(0.5, 1.5, size=2000)
         return platt, platt(x), sigmoid(slope * x + offset)
 
@@ -123,13 +123,13 @@ class TestOnline:
     def test_a_useless_drafter_is_found_out_within_ten_tokens(self) -> None:
         platt = OnlinePlatt()
         for _ in range(10):
-            platt.update(np.asarray([1.0]), np.asarray([0.0]))
+            platt.update([1.0], [0.0])
         assert platt(np.asarray([1.0]))[0] < 0.3
 
     def test_follows_a_change(self) -> None:
         platt = OnlinePlatt()
         for happened in [1.0] * 300 + [0.0] * 60:
-            platt.update(np.asarray([1.0]), np.asarray([happened]))
+            platt.update([1.0], [happened])
         assert platt(np.asarray([1.0]))[0] < 0.4
 
     @settings(max_examples=100, deadline=None)
@@ -137,7 +137,7 @@ class TestOnline:
     def test_never_leaves_its_range_and_keeps_the_order(self, rows: list[tuple[float, bool]]) -> None:
         platt = OnlinePlatt()
         for x, happened in rows:
-            platt.update(np.asarray([x]), np.asarray([float(happened)]))
+            platt.update([x], [float(happened)])
         values = platt(np.linspace(-9, 9, 50))
         assert np.isfinite(values).all()
         assert (np.diff(values) >= 0).all()

@@ -65,12 +65,14 @@ def admit(
 
 def _best_count(falling: Array, requests: int, ms: Array, carry: tuple[float, float], early_stop: bool) -> int:
     """How many of the survivals (already in falling order) to admit."""
-    tokens = np.empty(len(falling) + 1)
-    tokens[0] = start = requests + carry[0]
-    np.add(falling.cumsum(), start, out=tokens[1:])
-    rate = tokens / (ms[: len(tokens)] + carry[1])
-    if not early_stop:
-        return int(rate.argmax())
-    drops = rate[1:] <= rate[:-1]
-    first = int(drops.argmax())
-    return first if drops[first] else len(falling)
+    tokens, spent = requests + carry[0], carry[1]
+    count, best = 0, tokens / (float(ms[0]) + spent)
+    costs = ms[: len(falling) + 1].tolist()
+    for i, survival in enumerate(falling.tolist(), start=1):
+        tokens += survival
+        rate = tokens / (costs[i] + spent)
+        if rate > best:
+            count, best = i, rate
+        elif early_stop:
+            break
+    return count

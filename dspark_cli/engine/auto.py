@@ -67,7 +67,7 @@ class AutoSchedule(Schedule):
         self._guard = guard
         self._regimes: dict[int, Regime] = {}
         self._now = self._regime(1)
-        self._plan = Plan(1, 0.0, (), np.zeros(1), 1.0, 1.0)
+        self._plan = Plan(1, 0.0, (), np.zeros(1), 0.0, 1.0, 1.0)
         self._recent: deque[Array] = deque(maxlen=48)  # survivals [k] of drafts that passes made
         self._pass_sources: set[str] = set()
         self._smooth: tuple[Array, int] = (NOTHING, 0)
@@ -107,10 +107,11 @@ class AutoSchedule(Schedule):
         shared = len(limits)
         self._now = self._regime(shared)
         verify = self.costs.verify_ms(shared, depth, shared + sum(limits))[shared:]
-        plain = float(verify[0]) + self.costs.own_ms
+        alone = float(verify[0])
+        plain = alone + self.costs.own_ms
         tokens, cost = self._now.past
         rate = max(1.0, (tokens + 1.0) / (cost + 1.0))  # plain decoding's, or that of recent rounds if it is better
-        self._plan = Plan(shared, depth, limits, verify, plain, worth=shared * rate / plain)
+        self._plan = Plan(shared, depth, limits, verify, alone, plain, worth=shared * rate / plain)
         return list(limits)
 
     def passes(self, blocks: Sequence[int], quick: Sequence[Draft]) -> list[int]:
@@ -134,7 +135,8 @@ class AutoSchedule(Schedule):
             some = [i for i, n in enumerate(asked) if n][:WATCHED]
             asked = [n if i in some else 0 for i, n in enumerate(asked)]
         plan.passed, plan.asked = max(asked), sum(n > 0 for n in asked)
-        plan.pass_ms = self.costs.pass_ms(plan.asked, wanted, plan.depth) if plan.passed else 0.0
+        if plan.passed:
+            plan.pass_ms = pass_ms if plan.asked == plan.shared else self.costs.pass_ms(plan.asked, wanted, plan.depth)
         return asked
 
     @property
@@ -186,7 +188,7 @@ class AutoSchedule(Schedule):
             return block
         best, plan = limit, self._plan
         if len(self._recent) >= ENOUGH and self.costs.draft is not None:
-            extra = (plan.verify[1 : limit + 1] - plan.verify[0]) * plan.worth
+            extra = (plan.verify[1 : limit + 1] - plan.alone) * plan.worth
             gains = np.stack([_extended(a, limit) for a in self._recent]).cumsum(axis=1) - extra
             best_upto = np.maximum.accumulate(np.maximum(gains, 0.0), axis=1).mean(axis=0)
             costs = [
@@ -202,16 +204,16 @@ class AutoSchedule(Schedule):
         plan = self._plan
         plan.survival, plan.logits = self._beliefs(drafts)
         self._begin_trial(drafts)
-        lengths = self._lengths(drafts, self._offered(plan.survival))
+        lengths, promised = self._lengths(drafts, self._offered(plan.survival))
         plan.verified = sum(lengths)
-        plan.expected += self._promised(plan.survival, lengths)
+        plan.expected += promised
         return lengths
 
-    def _lengths(self, drafts: Sequence[Draft], offered: Sequence[Array]) -> list[int]:
-        """Tokens to verify of each draft, of which `offered` may be."""
+    def _lengths(self, drafts: Sequence[Draft], offered: Sequence[Array]) -> tuple[list[int], float]:
+        """Tokens to verify of each draft, of which `offered` may be, and the accepted tokens a request that they promise."""
         plan, size = self._plan, sum(map(len, offered))
         if not size:
-            return [0] * len(drafts)
+            return [0] * len(drafts), 0.0
         sampled = any(d.probs is not None for d in drafts)
         # Smoothed over all that could have been drafted: how much was is the drafter's knowledge, not the past's.
         ms = self._smoothed(plan.round_ms(len(plan.verify) - 1)) if sampled else plan.round_ms(size)
@@ -219,14 +221,11 @@ class AutoSchedule(Schedule):
         carry = (tokens * plan.shared, min(cost, tokens) * plan.plain)
         cap = self._room if self.cap is None else min(self._room, self.cap - plan.shared)
         lengths = admit(offered, ms, early_stop=sampled, carry=carry, cap=cap)
-        if sampled or not any(lengths):  # a look at all that was admitted would anticipate
-            return lengths
-        gained = 1.0 + self._promised(offered, lengths)
-        return lengths if gained * ms[0] > WORTH * ms[sum(lengths)] else [0] * len(drafts)
-
-    def _promised(self, survival: Sequence[Array], lengths: Sequence[int]) -> float:
-        """Accepted tokens per request that calibrated confidences promise."""
-        return sum(float(a[:n].sum()) for a, n in zip(survival, lengths, strict=True) if n) / self._plan.shared
+        promised = sum(sum(a[:n].tolist()) for a, n in zip(offered, lengths, strict=True) if n) / plan.shared
+        # For sampled drafts a look at all that was admitted would anticipate.
+        if sampled or not promised or (1.0 + promised) * ms[0] > WORTH * ms[sum(lengths)]:
+            return lengths, promised
+        return [0] * len(drafts), 0.0
 
     def _begin_trial(self, drafts: Sequence[Draft]) -> None:
         """While it is to be found out whether the drafter pays, its drafts are not verified but watched: the next rounds'
@@ -239,17 +238,17 @@ class AutoSchedule(Schedule):
         if not self._watched:  # the pass brought nothing: there is nothing to wait for
             return
         survival = [a if i in self._watched else NOTHING for i, a in enumerate(plan.survival)]
-        lengths = self._lengths(drafts, survival)
+        lengths, promised = self._lengths(drafts, survival)
         # What a pass for all would have brought and cost, from the few that are watched.
         scale = plan.shared / len(self._watched)
         size = min(round(sum(lengths) * scale), len(plan.verify) - 1)
-        extra = float(plan.verify[size] - plan.verify[0]) / plan.plain
+        extra = float(plan.verify[size] - plan.alone) / plan.plain
         self._trial = Trial(
             self._watched,
             survival,
             plan.logits,
             lengths,
-            1.0 + scale * self._promised(survival, lengths),
+            1.0 + scale * promised,
             1.0 + extra + self.costs.pass_ms(plan.shared, plan.passed, plan.depth) / plan.plain,
             extra,
             self._now,
@@ -319,7 +318,7 @@ class AutoSchedule(Schedule):
 
     def observe(self, outcomes: Sequence[Outcome], times: Times) -> None:
         plan, costs, shared = self._plan, self.costs, len(outcomes)
-        cost = float(plan.verify[plan.verified] - plan.verify[0] + plan.plain + plan.pass_ms) / plan.plain
+        cost = float(plan.verify[plan.verified] - plan.alone + plan.plain + plan.pass_ms) / plan.plain
         brought = 1.0 + sum(o.accepted for o in outcomes) / shared
         now = self._now
         now.past = (now.past[0] * FADE + brought, now.past[1] * FADE + cost)
@@ -338,7 +337,7 @@ class AutoSchedule(Schedule):
             # What it really took, with the features that waited.
             self._trial.spent = (times.draft + times.inject) / plan.plain
         if plan.passed and not self._watched:
-            extra = float(plan.verify[plan.verified] - plan.verify[0]) / plan.plain
+            extra = float(plan.verify[plan.verified] - plan.alone) / plan.plain
             self._count_pass(now, [o.draft for o in outcomes], plan.survival, plan.expected, extra)
             self.pass_guard.observe(plan.expected, brought, cost)
         else:

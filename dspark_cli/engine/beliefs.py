@@ -65,19 +65,17 @@ class Belief:
 
     def learn(self, seen: Sequence[tuple[Outcome, Array]]) -> None:
         """Outcomes of one round with the logits they were judged by."""
-        logits, happened = [], []
+        logits: list[float] = []
+        happened: list[float] = []
         for outcome, x in seen:
             reached = min(outcome.judged, outcome.kept + 1)
             if outcome.draft.confidence is None:
                 self.history.update(reached, outcome.kept)
                 continue
-            logits.append(x[:reached])
-            happened.append((np.arange(reached) < outcome.kept).astype(np.float64))
+            logits += x[:reached].tolist()
+            happened += [1.0] * outcome.kept + [0.0] * (reached - outcome.kept)
         if logits and self.learns:
-            if len(logits) == 1:  # the usual case, without a copy
-                self.platt.update(logits[0], happened[0])
-            else:
-                self.platt.update(np.concatenate(logits), np.concatenate(happened))
+            self.platt.update(logits, happened)
 
 
 @dataclass(frozen=True)

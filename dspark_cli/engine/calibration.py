@@ -7,6 +7,7 @@ Online: Platt scaling of the confidence, refitted after every round from rounds 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,23 +192,22 @@ class OnlinePlatt:
     _PRIOR = (16.0, 0.0, 1.0)  # slope within a quarter of 1, offset within 1 of 0
 
     def __call__(self, logits: Array) -> Array:
-        return sigmoid(self.slope * logits + self.offset)
+        return 1.0 / (1.0 + np.exp(-self.slope * logits - self.offset))
 
-    def update(self, logits: Array, happened: Array) -> None:
-        """Positions that were reached [n], with what became of them (0 or 1)."""
-        if not len(logits):
+    def update(self, logits: Sequence[float], happened: Sequence[float]) -> None:
+        """Positions that were reached, with what became of them (0 or 1). A few: quicker as numbers than as arrays."""
+        if not logits:
             return
-        p = self(logits)
-        weight = np.maximum(p - p * p, 0.02)  # a very sure belief must still be able to turn
-        error, weighted, ones = happened - p, weight * logits, np.ones(len(logits))
         keep = (1.0 - 1.0 / self.memory) ** len(logits)
-        fresh, (ss, sb, bb), prior = 1.0 - keep, self._information, self._PRIOR
-        ss = keep * ss + fresh * prior[0] + float(weighted.dot(logits))
-        sb = keep * sb + fresh * prior[1] + float(weighted.dot(ones))
-        bb = keep * bb + fresh * prior[2] + float(weight.dot(ones))
+        fresh, prior = 1.0 - keep, self._PRIOR
+        ss, sb, bb = (keep * old + fresh * new for old, new in zip(self._information, prior, strict=True))
         # The prior pulls as much as it was topped up.
-        pull_slope = float(error.dot(logits)) + fresh * prior[0] * (1.0 - self.slope)
-        pull_offset = float(error.dot(ones)) - fresh * prior[2] * self.offset
+        pull_slope, pull_offset = fresh * prior[0] * (1.0 - self.slope), -fresh * prior[2] * self.offset
+        for x, came in zip(logits, happened, strict=True):
+            p = 1.0 / (1.0 + math.exp(-self.slope * x - self.offset))
+            weight = max(p - p * p, 0.02)  # a very sure belief must still be able to turn
+            ss, sb, bb = ss + weight * x * x, sb + weight * x, bb + weight
+            pull_slope, pull_offset = pull_slope + (came - p) * x, pull_offset + came - p
         determinant = ss * bb - sb * sb
         self.slope += (bb * pull_slope - sb * pull_offset) / determinant
         self.offset += (ss * pull_offset - sb * pull_slope) / determinant

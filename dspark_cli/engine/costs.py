@@ -126,6 +126,13 @@ class CostModel:
             curve = np.maximum(curve + self._deeper(self.slope, shared, depth, np.arange(size + 1.0)), 0.5 * curve)
         return curve * self.drift
 
+    def verify_at(self, shared: int, depth: float, tokens: int) -> float:
+        """The last of `verify_ms(shared, depth, tokens)`."""
+        ms = self._curve(shared).at(tokens)
+        if depth != self.depth and self.slope != (0.0, 0.0):
+            ms = max(ms + float(self._deeper(self.slope, shared, depth, tokens)), 0.5 * ms)
+        return ms * self.drift
+
     def _deeper(self, slope: tuple[float, float], shared: int, depth: float, tokens: Array | float) -> Any:
         """ms that a pass of `tokens` over all sequences takes longer than at the profiled depth."""
         fixed, per_token = slope
@@ -133,7 +140,7 @@ class CostModel:
 
     def plain_ms(self, shared: int, depth: float) -> float:
         """ms of a round of plain decoding."""
-        return float(self.verify_ms(shared, depth, shared)[shared]) + self.own_ms
+        return self.verify_at(shared, depth, shared) + self.own_ms
 
     def pass_ms(self, shared: int, block: int, depth: float | None = None) -> float:
         """ms that drafting `block` tokens each for `shared` sequences adds to a round, injection included.
@@ -178,7 +185,7 @@ class CostModel:
         """A pass over `tokens` took `ms`. A clock that stood still or went back is no observation."""
         if not (math.isfinite(ms) and ms > 0):
             return
-        ratio = ms / float(self.verify_ms(shared, depth, tokens)[tokens])
+        ratio = ms / self.verify_at(shared, depth, tokens)
         if not self.measured:
             # The first pass sets the scale of the guess, whatever it is.
             self.drift *= ratio

@@ -13,7 +13,7 @@ from dspark_cli.engine.guard import Guard
 class Plan:
     """One round on its way from `block` to `observe`.
 
-    verify: ms [1 + all limits] of a pass with 0, 1, ... draft tokens;  plain: ms of a round without any
+    verify: ms [1 + all limits] of a pass with 0, 1, ... draft tokens;  alone: its first;  plain: ms of a round without any
     worth:  tokens that all requests together make in a ms
     passed: the largest block that the drafter's pass drafts, 0 without a pass;  asked: for how many requests
     pass_ms: what that pass costs
@@ -23,6 +23,7 @@ class Plan:
     depth: float
     limits: Sequence[int]
     verify: Array
+    alone: float
     plain: float
     worth: float
     passed: int = 0
@@ -35,11 +36,11 @@ class Plan:
 
     def round_ms(self, size: int) -> Array:
         """ms [size + 1] of the round by the number of draft tokens it verifies."""
-        return self.verify[: size + 1] + (self.plain - self.verify[0] + self.pass_ms)
+        return self.verify[: size + 1] + (self.plain - self.alone + self.pass_ms)
 
     def gain(self, survival: Array) -> float:
         """Tokens that verifying the best prefix of a draft gains over not verifying it."""
-        extra = self.verify[1 : len(survival) + 1] - self.verify[0]
+        extra = self.verify[1 : len(survival) + 1] - self.alone
         return max(0.0, float((survival.cumsum() - extra * self.worth).max()))
 
 
