@@ -43,11 +43,12 @@ told: list[str] = []
 
 
 def target(n_seq: int) -> Any:
-    return SimpleNamespace(info=SimpleNamespace(n_seq=n_seq), context=SimpleNamespace(threads=2))
+    info = SimpleNamespace(n_seq=n_seq, n_vocab=1000, n_embd=100)
+    return SimpleNamespace(info=info, context=SimpleNamespace(threads=2))
 
 
-def chosen(path: Path, n_seq: int) -> str:
-    return runners._cheaper(path, target(n_seq), ContextOptions(n_seq=n_seq), told.append)
+def chosen(path: Path, n_seq: int, spare: int | None = None) -> str:
+    return runners._cheaper(path, target(n_seq), ContextOptions(n_seq=n_seq), told.append, spare)
 
 
 def test_several_sequences_are_timed_once_and_not_one_for_the_other(path: Path, timed: list[int]) -> None:
@@ -72,6 +73,14 @@ def test_one_sequence_is_timed_by_calibrate_only(path: Path, timed: list[int]) -
     assert timed == []
     runners.remember(path, target(1), {"llamacpp": 5.0, "torch": 2.0})
     assert chosen(path, 1) == "torch"
+
+
+def test_torch_drafts_only_where_the_plan_leaves_it_room(path: Path, timed: list[int]) -> None:
+    needs = runners.torch_bytes(path, target(4))
+    assert needs == runners.TORCH_ITSELF + 4 * len(b"drafter") + 8 * 1000 * 100
+    assert chosen(path, 4, needs - 1) == "llamacpp"
+    assert timed == [], "what cannot be chosen is not timed"
+    assert chosen(path, 4, needs) == "torch"
 
 
 def test_another_drafter_in_its_place_is_timed_again(path: Path, timed: list[int]) -> None:

@@ -175,7 +175,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda s: self._block("side stream"))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self._replay))
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: self._block(f"capture in {pool}"))
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, **how: self._block(f"capture in {pool}"))
 
     @contextmanager
     def _block(self, name: str) -> Iterator[None]:

@@ -7,6 +7,7 @@ sequence takes part (absent ones as padding).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -97,25 +98,35 @@ def compiled(run: Run) -> Run:
 
 
 class _Graphs:
-    """CUDA and HIP graphs, in one memory pool: a replay's outputs are read before the next replay."""
+    """CUDA and HIP graphs, in one memory pool: a replay's outputs are read before the next replay.
+
+    Warming up and recording share one stream: libraries keep a workspace for every stream that they ever ran on, and what
+    they make while recording would lie in the pool for good. A pool cannot be used again once all its graphs are gone.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
+        self._replays: list[weakref.ref[Run]] = []
 
     def __call__(self, run: Run) -> Run:
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # libraries set themselves up outside the recording
+        self._replays = [replay for replay in self._replays if replay() is not None]
+        if not self._replays:
+            self._pool = torch.cuda.graph_pool_handle()
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):  # libraries set themselves up outside the recording
             for _ in range(2):
                 run()
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        current.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # "thread_local": what other threads ask of the device meanwhile (free memory, say) does not spoil the recording
+        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
             output = run()
 
         def replay() -> PassOutput:
             graph.replay()
             return output
 
+        self._replays.append(weakref.ref(replay))
         return replay

@@ -169,5 +169,11 @@ def uses_triton(facts: Facts, installed: Callable[[], bool]) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: torch says it in several ways (CUDA and ROCm by type, Metal and CPUs by words)."""
-    said = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+    said = (
+        "out of memory",
+        "not enough memory",
+        "can't allocate memory",
+        "cannot allocate memory",
+        "status_alloc_failed",
+    )
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in said)

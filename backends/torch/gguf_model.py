@@ -76,7 +76,7 @@ class GgufModel(nn.Module):
 
 
 class Columns:
-    """Keys and values of N texts that advance together, one column a step; old columns are given up at `compact`.
+    """Keys and values of N texts that advance together, one column a step; old columns are given up when none is left.
 
     A row may begin a new text at any column: it then sees its own columns only. Rotary positions are columns; attention
     depends on their differences alone.
@@ -85,26 +85,37 @@ class Columns:
     def __init__(self, model: GgufModel, rows: int, capacity: int) -> None:
         c = model.config
         shape = (c.num_layers, rows, capacity, c.num_kv_heads, c.head_dim)
-        self._keys = torch.zeros(shape, dtype=model.norm.weight.dtype)  # type: ignore[union-attr]
+        like: Tensor = model.norm.weight  # type: ignore[assignment]
+        self._keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self._values = torch.zeros_like(self._keys)
         self._model, self._capacity = model, capacity
         self.column = 0  # of the next step
         self.begins = torch.zeros(rows, dtype=torch.int64)  # first column of each row's text
         self._origin = 0  # column that index 0 of the buffers holds
 
+    @property
+    def device(self) -> torch.device:
+        return self._keys.device
+
     def step(self, ids: Tensor) -> Tensor:
-        """ids [N] -> final hidden states [N, d]."""
+        """ids [N] -> final hidden states [N, d], on the model's device."""
         at = self.column - self._origin
         if at == self._capacity:
             self._compact()
             at = self.column - self._origin
         first = int(self.begins.min()) - self._origin
         columns = torch.arange(first, at + 1)
-        mask = (columns >= (self.begins - self._origin).unsqueeze(1)).unsqueeze(1)
+        mask = (columns >= (self.begins - self._origin).unsqueeze(1)).unsqueeze(1).to(self.device)
         attends = [self._attend(layer, first, at, mask) for layer in range(self._model.config.num_layers)]
         rope = self._model.rotary.span(self.column, 1)
         self.column += 1
-        return self._model(ids.unsqueeze(1), rope, attends)[-1][:, 0]
+        return self._model(ids.to(self.device).unsqueeze(1), rope, attends)[-1][:, 0]
+
+    @staticmethod
+    def bytes_per_row(model: GgufModel, capacity: int) -> int:
+        """Memory of one text of up to `capacity` tokens."""
+        c = model.config
+        return 2 * model.norm.weight.itemsize * c.num_layers * capacity * c.num_kv_heads * c.head_dim  # type: ignore[union-attr]
 
     def _attend(self, layer: int, first: int, at: int, mask: Tensor) -> Attend:
         def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -121,7 +132,8 @@ class Columns:
             raise DsparkError(f"a text has grown to {self._capacity} tokens, more than this batch holds")
         live = self._capacity - dead
         for buffer in (self._keys, self._values):
-            buffer[:, :, :live] = buffer[:, :, dead:].clone()
+            for layer in buffer:  # a copy of one at a time
+                layer[:, :live] = layer[:, dead:].clone()
         self._origin += dead
 
 

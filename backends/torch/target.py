@@ -128,6 +128,8 @@ class TorchTarget(Target):
         """`tokenizer`: a `Tokenizer`; `render`: (messages, thinking) -> prompt text."""
         self.network, self.tokenizer, self._render = network, tokenizer, render
         self.device = torch.device(facts.torch_name)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # Triton starts its kernels on the current one
         self.max_rows = MAX_ROWS
         self._notice = options.notice
         trained = int(getattr(network.text, "max_position_embeddings", None) or DEFAULT_CTX)

@@ -155,6 +155,7 @@ def loading(
         kv_type=options.kv_type,
         flash_attn=options.flash_attn,
         device=torch_device(plan) if plan.backend == "torch" else "auto",
+        spare=plan.host_spare,
         notice=say or (lambda text: tell(options, text)),
     )
 

@@ -35,6 +35,9 @@ RUNNERS = ("auto", "llamacpp", "torch")
 BETTER = 0.9  # of the other's time: torch takes a second to import, and must be worth it
 REPEATS = 9
 CONTEXT = 64  # tokens of context that the passes are timed with
+TORCH_ITSELF = (
+    330_000_000  # bytes of the library, loaded, with what its first passes allocate (measured on Linux, CPU build)
+)
 
 
 def open_block_drafter(
@@ -43,9 +46,11 @@ def open_block_drafter(
     options: ContextOptions,
     runner: str = "auto",
     notice: Notice = lambda text: None,
+    spare: int | None = None,
 ) -> Drafter:
     """The drafter in `path` (a `dflash` GGUF or a checkpoint folder) for a GGUF target; `notice` hears what takes long.
 
+    spare: bytes of memory that torch may take to be chosen by `auto`; None = as much as it needs
     Raises PairMismatch or BadCheckpoint for a drafter that does not fit, NotReady where torch is needed and missing.
     """
     if runner not in RUNNERS:
@@ -56,14 +61,17 @@ def open_block_drafter(
             hint=f"dspark convert {path} drafter.gguf --target {target.info.path}",
         )
     if runner == "auto":
-        runner = "torch" if path.is_dir() else _cheaper(path, target, options, notice)
+        runner = "torch" if path.is_dir() else _cheaper(path, target, options, notice, spare)
     if runner == "torch":
         return _torch_drafter(path, target, options.threads)
     return LlamaCppDrafter(path, target, options)
 
 
-def _cheaper(path: Path, target: LlamaCppTarget, options: ContextOptions, notice: Notice) -> str:
-    """Who runs the drafter, as timed before; for several sequences now, if never before. libllama where nothing is known."""
+def _cheaper(path: Path, target: LlamaCppTarget, options: ContextOptions, notice: Notice, spare: int | None) -> str:
+    """Who runs the drafter, as timed before; for several sequences now, if never before. libllama where nothing is known,
+    or where torch does not fit in `spare` bytes."""
+    if spare is not None and torch_bytes(path, target) > spare:
+        return "llamacpp"
     known = remembered(path, target)
     if known is None and target.info.n_seq > 1 and _torch_is_here() and budget_s() >= 1:
         notice(
@@ -74,6 +82,13 @@ def _cheaper(path: Path, target: LlamaCppTarget, options: ContextOptions, notice
         except DsparkError:  # libllama says what is wrong with the pair, or runs what torch cannot
             return "llamacpp"
     return known or "llamacpp"
+
+
+def torch_bytes(path: Path, target: LlamaCppTarget) -> int:
+    """What torch takes beside libllama to run the drafter in `path`: itself, the drafter dequantized, and a copy of its own
+    of the target's embedding and output head (measured with the embedded pair: tests/measure_several.py)."""
+    tables = 2 * target.info.n_vocab * target.info.n_embd
+    return TORCH_ITSELF + 4 * (path.stat().st_size + tables)
 
 
 def _torch_is_here() -> bool:

@@ -45,6 +45,7 @@ class OpenOptions:
     ctx:          positions per sequence; None = what the model was trained on, at most 4096
     device:       where a checkpoint folder goes: auto, or a kind with or without a number (cuda:1); GGUF: see gpu_layers
     drafter_backend: who runs a block drafter beside a GGUF: auto, llamacpp or torch (runners.py)
+    spare:        bytes of memory that the plan leaves, where there is one: torch drafts only if it fits there
     notice:       is told, in one line, what the user may want to know
     progress:     is told how far loading is (stage, share done from 0 to 1); may raise to end it
     """
@@ -62,6 +63,7 @@ class OpenOptions:
     flash_attn: str = "auto"
     device: str = "auto"
     drafter_backend: str = "auto"
+    spare: int | None = None
     notice: Callable[[str], None] = lambda text: None
     progress: Callable[[str, float], None] | None = None
 
@@ -309,12 +311,15 @@ def open_drafter(options: OpenOptions, target: Target) -> Drafter | None:
 def _open_model_drafter(path: Path, options: OpenOptions, target: Target) -> Drafter:
     if not isinstance(target, LlamaCppTarget):
         return drafter_beside_torch(path, options, target)
+    open_block = partial(
+        open_block_drafter, path, target, options.context(), options.drafter_backend, options.notice, options.spare
+    )
     if path.is_dir():
-        return open_block_drafter(path, target, options.context(), options.drafter_backend, options.notice)
+        return open_block()
     probe = Model(path, vocab_only=True)
     try:
         if probe.architecture == DRAFTER_ARCHITECTURE:
-            return open_block_drafter(path, target, options.context(), options.drafter_backend, options.notice)
+            return open_block()
         agree, difference = tokens_agree(target.model, probe)
     finally:
         probe.close()

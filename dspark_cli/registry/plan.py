@@ -179,6 +179,13 @@ class MemoryPlan:
         )
 
     @property
+    def host_spare(self) -> int:
+        """Bytes of ordinary memory that this plan leaves."""
+        if self.device.kind == "cpu" or self.device.unified:
+            return max(0, self.device.usable - self.total)
+        return max(0, self.host_free - self.on_host)
+
+    @property
     def offload(self) -> str:
         """Where the target's layers lie, in words."""
         if self.device.kind == "cpu":

@@ -23,6 +23,7 @@ from dspark_cli.training.trainer import Trainer, judge
 
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the squared weights of standardised inputs; the best by documents left out
 ANCHORS = 96  # of a document
+DOCUMENTS = 512  # more change nothing that a linear layer can say, and all rows are fitted at once
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def fit_confidence(
     if not isinstance(model, DSpark) or model.confidence_head is None or len(stretches) < 8:
         return None
     generator = np.random.default_rng(seed)
-    parts = [_rows(trainer, model, corpus, s, generator) for s in stretches]
+    parts = [_rows(trainer, model, corpus, s, generator) for s in stretches[:DOCUMENTS]]
     cut = len(parts) // 4
     judged, fitted = (tuple(torch.cat(x) for x in zip(*p, strict=True)) for p in (parts[:cut], parts[cut:]))
     before = _bce(model.confidence_head, judged[0], judged[1])
@@ -69,16 +70,15 @@ def _rows(
     trainer: Trainer, model: DSpark, corpus: Corpus, stretch: Stretch, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Inputs [N, d (+ r)] of the head and acceptances [N] of one document, float32 on the CPU."""
-    example = corpus.example(stretch, ANCHORS, generator)
+    example = corpus.example([stretch], ANCHORS, generator)
     with trainer.autocast():
         output = model.training_forward(example.features, example.ids, example.anchors)
         result = judge(output, example, trainer.head, 1.0)
-        inputs = output.hidden[0].float()
+        inputs = output.hidden.float()
         assert model.confidence_head is not None
         if model.confidence_head.with_markov and model.markov_head is not None:
-            keep = torch.ones_like(example.anchors, dtype=torch.bool)
-            previous = previous_tokens(example.ids, example.anchors, keep, inputs.shape[1])
-            inputs = torch.cat([inputs, model.markov_head.embed(previous)[0].float()], dim=-1)
+            previous = previous_tokens(example.ids, example.anchors, example.kept, inputs.shape[2])
+            inputs = torch.cat([inputs, model.markov_head.embed(previous).float()], dim=-1)
     return inputs[result.valid].cpu(), result.accept_rate[result.valid].float().cpu()
 
 

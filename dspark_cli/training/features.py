@@ -96,15 +96,16 @@ class TorchReader:
         import torch
 
         lengths = [len(d.ids) for d in documents]
+        device = self.model.norm.weight.device
         ids = torch.zeros(len(documents), max(lengths), dtype=torch.int64)
         for i, document in enumerate(documents):
             ids[i, : lengths[i]] = torch.tensor(document.ids)
         with torch.inference_mode():
-            *wanted, hidden = self.model.read(ids, torch.tensor(lengths), layers)
+            *wanted, hidden = self.model.read(ids.to(device), torch.tensor(lengths, device=device), layers)
             for i, length in enumerate(lengths):
                 norms = self.model.lm_head(hidden[i, :length]).float().logsumexp(dim=-1)
                 features = torch.cat([x[i, :length] for x in wanted], dim=-1)
-                yield Thoughts(features.float().numpy(), hidden[i, :length].float().numpy(), norms.numpy())
+                yield Thoughts(*(x.float().cpu().numpy() for x in (features, hidden[i, :length], norms)))
 
 
 @dataclass(frozen=True)

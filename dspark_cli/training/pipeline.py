@@ -2,7 +2,7 @@
 
 WORK/recipe.json        what was asked for; another recipe needs another folder
 WORK/documents.jsonl    what the target wrote
-WORK/features/          what the target thought of it (features.py)
+WORK/features/          what the target thought of it (features.py); not with torch on an accelerator, which thinks again
 WORK/checkpoint.pt      weights, optimisers, place in the schedule
 WORK/curve.jsonl        held-out acceptance along the way
 WORK/evaluation.json    accepted length by real decoding
@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,22 +31,27 @@ from dspark_cli.backends.torch.drafter import make_drafter
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
 from dspark_cli.backends.torch.gguf_drafter import load_gguf_drafter, target_norm, target_tables
-from dspark_cli.backends.torch.gguf_model import ARCHITECTURES, load_gguf_model
+from dspark_cli.backends.torch.gguf_model import ARCHITECTURES, Columns, load_gguf_model
 from dspark_cli.registry.plan import size
 from dspark_cli.training.confidence import fit_confidence
 from dspark_cli.training.corpus import Corpus, TargetHead, covered, draft_vocabulary
+from dspark_cli.training.device import device_name, quick_bfloat16, training_device
 from dspark_cli.training.documents import Document, append_documents, read_documents
 from dspark_cli.training.evaluate import evaluate
 from dspark_cli.training.export import Exported, write_companions, write_drafter
 from dspark_cli.training.features import FeatureCache, LlamaCppReader, Reader, TorchReader, bytes_per_token
 from dspark_cli.training.start import begin
-from dspark_cli.training.trainer import Trainer, TrainOptions, acceptance, quick_bfloat16
+from dspark_cli.training.trainer import Trainer, TrainOptions, acceptance
 from dspark_cli.training.writing import BatchWriter, EngineWriter, Frame, WritingOptions, openings
 
 BYTES_PER_TOKEN = 5  # of documents.jsonl
 SAVE_DOCUMENTS = 16  # written to disk at once
 CURVE_POINTS = 24  # of a run: how often held-out acceptance is looked at
 EVALUATED = 12  # held-out dialogues that are decoded for real
+ROWS = 256  # texts that torch writes at once on a CPU: enough for full matrix products
+ROWS_AT_MOST = 2048  # the same on an accelerator, where memory allows
+TOGETHER_AT_MOST = 64  # documents of one training pass on an accelerator
+COPIES = 10  # of a block's logits, in float32, that the loss and its gradient keep at their peak
 
 
 class Report(Protocol):
@@ -174,13 +179,18 @@ class Pipeline:
     def _writer(self, stack: ExitStack, seed: int) -> Iterator[Document]:
         options = WritingOptions(seed=seed)
         by_torch = self.recipe.through == "torch" or (self.recipe.through == "auto" and self._torch_is_quick())
-        rows = 256 if by_torch else 32
-        context = ContextOptions(ctx=min(options.longest, self.n_ctx), n_seq=1 if by_torch else rows)
+        rows = 1 if by_torch else 32
+        context = ContextOptions(ctx=min(options.longest, self.n_ctx), n_seq=rows)
         target = stack.enter_context(LlamaCppTarget(self.target, context))
         frame, first_words = Frame.of(target), self._first_words(target, seed)
         if not by_torch:
             return EngineWriter(target, frame, first_words, options).documents()
-        model = load_gguf_model(self.target, dtype=torch.bfloat16 if quick_bfloat16(_device()) else torch.float32)
+        device = training_device()
+        dtype = torch.bfloat16 if quick_bfloat16(device) else torch.float32
+        model = load_gguf_model(self.target, dtype=dtype, device=device)
+        rows = ROWS
+        if device.type == "cuda":
+            rows = fitting(Columns.bytes_per_row(model, options.longest), ROWS_AT_MOST)
         return BatchWriter(model, frame, first_words, options, rows).documents()
 
     def _first_words(self, target: LlamaCppTarget, seed: int) -> Iterator[list[int]]:
@@ -193,15 +203,22 @@ class Pipeline:
 
     def _torch_is_quick(self) -> bool:
         arch = read_header(self.target).architecture
-        return arch in ARCHITECTURES and quick_bfloat16(_device())
+        return arch in ARCHITECTURES and quick_bfloat16(training_device())
 
     # -- features --------------------------------------------------------------------------------------------------
 
     def _cache(self) -> FeatureCache:
         return FeatureCache(self.work / "features", target=self.target.name, layers=self.layers, width=self.width)
 
+    @property
+    def live(self) -> bool:
+        """Whether features are computed along the way: where torch reads on an accelerator."""
+        return self.recipe.through == "torch" and training_device().type != "cpu"
+
     def read(self) -> None:
         """Compute the features of every document that has none yet."""
+        if self.live:
+            return
         cache, documents = self._cache(), self._documents()
         total = sum(len(d.ids) for d in documents)
         if cache.tokens >= total:
@@ -219,8 +236,8 @@ class Pipeline:
 
     def _reader(self, stack: ExitStack) -> Reader:
         if self.recipe.through == "torch":
-            dtype = torch.bfloat16 if quick_bfloat16(_device()) else torch.float32
-            return TorchReader(load_gguf_model(self.target, dtype=dtype, device=_device()))
+            dtype = torch.bfloat16 if quick_bfloat16(training_device()) else torch.float32
+            return TorchReader(load_gguf_model(self.target, dtype=dtype))
         longest = max(len(d.ids) for d in self._documents())
         return LlamaCppReader(
             stack.enter_context(LlamaCppTarget(self.target, ContextOptions(ctx=min(max(512, longest), self.n_ctx))))
@@ -234,7 +251,7 @@ class Pipeline:
 
     def train(self, start: Path | None = None) -> tuple[Trainer, dict[str, Any]]:
         """Train to the end of the schedule; returns the trainer and what the recipe file should say."""
-        corpus, held_out = (Corpus(self._cache(), held_out=h, device=_device()) for h in (False, True))
+        corpus, held_out = self._corpora()
         if not corpus.stretches or not held_out.stretches:
             raise DsparkError(
                 f"{len(corpus.stretches)} documents to train on and {len(held_out.stretches)} held out: too few",
@@ -262,8 +279,23 @@ class Pipeline:
         self.report.end()
         # The first held-out documents are for `evaluate`.
         fit = fit_confidence(trainer, held_out, held_out.stretches[EVALUATED:], self.recipe.seed)
-        facts = self._facts(trainer, corpus, coverage)
+        facts = self._facts(trainer, corpus.tokens + held_out.tokens, coverage)
         return trainer, facts | ({"confidence": asdict(fit)} if fit else {})
+
+    def _corpora(self) -> tuple[Corpus, Corpus]:
+        """What is trained on, and what is held out."""
+        device = training_device()
+        if not self.live:
+            cache = self._cache()
+            return Corpus.stored(cache, held_out=False, device=device), Corpus.stored(
+                cache, held_out=True, device=device
+            )
+        documents, model = self._documents(), load_gguf_model(self.target, device=device)
+        longest = max(len(d.ids) for d in documents)
+        vocabulary = min(self.recipe.vocabulary or model.config.vocab_size, model.config.vocab_size)
+        together = fitting(longest * self.recipe.block * vocabulary * 4 * COPIES, TOGETHER_AT_MOST)
+        trained_on = Corpus.live(documents, model, self.layers, held_out=False, together=together)
+        return trained_on, Corpus.live(documents, model, self.layers, held_out=True, together=together)
 
     def _trainer(self, corpus: Corpus, start: Path | None) -> tuple[Trainer, float]:
         tables, norm = target_tables(self.target), target_norm(self.target)
@@ -276,9 +308,13 @@ class Pipeline:
         begin(model, corpus, (tables.embed_tokens, head, norm), self.recipe.seed)
         if start is not None:
             _take_over(model, start, self.target)
-        model.to(_device())
+        model.to(training_device())
         options = TrainOptions(hours=self.recipe.hours, seed=self.recipe.seed)
-        trainer = Trainer(model, TargetHead(head.to(_device())), options)
+        if (
+            corpus.together > 1
+        ):  # an accelerator: a pass of many documents, each position an anchor, and rows cost little
+            options = replace(options, documents=corpus.together, anchors=512, short_share=0.1)
+        trainer = Trainer(model, TargetHead(head.to(training_device())), options)
         if self.checkpoint.exists():
             trainer.resume(self.checkpoint)
         return trainer, coverage
@@ -340,7 +376,7 @@ class Pipeline:
         with (self.work / "curve.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def _facts(self, trainer: Trainer, corpus: Corpus, coverage: float) -> dict[str, Any]:
+    def _facts(self, trainer: Trainer, tokens: int, coverage: float) -> dict[str, Any]:
         config = trainer.model.config
         return {
             "target": self.target.name,
@@ -353,7 +389,7 @@ class Pipeline:
                 "vocabulary": config.draft_vocab_size,
                 "target_layers": list(config.target_layer_ids),
             },
-            "tokens": self._cache().tokens,
+            "tokens": tokens,
             "coverage": round(coverage, 4),
             "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             "train_hours": round(trainer.progress.seconds / 3600, 3),
@@ -361,6 +397,7 @@ class Pipeline:
             "steps": trainer.progress.steps,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "device": device_name(),
         }
 
     # -- evaluate --------------------------------------------------------------------------------------------------
@@ -452,10 +489,12 @@ def _drop_torn_line(path: Path) -> None:
         path.write_bytes(data[: data.rfind(b"\n") + 1])
 
 
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+def fitting(each: int, most: int) -> int:
+    """How many pieces of `each` bytes a third of the accelerator's free memory holds: 1 to `most`."""
+    if not torch.cuda.is_available():
+        return min(8, most)
+    free, _ = torch.cuda.mem_get_info()
+    return max(1, min(most, free // 3 // max(1, each)))
 
 
 def import_documents(files: Iterable[Path], into: Path, on_done: Callable[[int], None] = lambda n: None) -> int:

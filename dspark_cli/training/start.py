@@ -45,7 +45,7 @@ def begin(model: DSpark | Eagle3, corpus: Corpus, tables: tuple[Tensor, Tensor, 
 def _some_features(corpus: Corpus) -> Tensor:
     generator = np.random.default_rng(0)
     stretches = [corpus.stretches[int(i)] for i in generator.integers(len(corpus.stretches), size=16)]
-    return torch.cat([corpus.example(s, 1, generator).features[0, s.answer_start :] for s in stretches])
+    return torch.cat([corpus.example([s], 1, generator).features[0, s.answer_start :] for s in stretches]).cpu()
 
 
 def _begin_fusion(model: DSpark | Eagle3, features: Tensor) -> None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from dspark_cli.backends.torch.eagle3 import Eagle3
 from dspark_cli.backends.torch.loss import position_weights
 from dspark_cli.kernels.distribution_loss import distribution_loss
 from dspark_cli.training.corpus import Corpus, Example, TargetHead
+from dspark_cli.training.device import quick_bfloat16
 
 DECAY = 4.0  # weight of position i of a block is exp(-i / 4) (paper)
 BORROWED = ("embed_tokens", "lm_head")  # the target's own: neither trained nor saved
@@ -68,7 +68,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Judged:
-    """Blocks of one document against the target. total: the loss; accept_rate [A, B]: 1 - TV, 0 where nothing counts."""
+    """Blocks of N documents against the target.
+
+    total: the loss, a mean over documents;  accept_rate [N, A, B]: 1 - TV, 0 where nothing counts;  valid [N, A, B]
+    """
 
     total: Tensor
     accept_rate: Tensor
@@ -76,25 +79,26 @@ class Judged:
 
 
 def judge(output: TrainingOutput, example: Example, head: TargetHead, tv_share: float) -> Judged:
-    """Loss of A blocks of one document: (1 - tv_share) of cross entropy against the target's whole distribution (it
+    """Loss of A blocks of each document: (1 - tv_share) of cross entropy against the target's whole distribution (it
     says more about a position than the one token that came, which counts where texts are few), tv_share of sum|q - p|,
     and the confidence's BCE against 1 - TV; weighted by position as in the paper.
     """
-    block, length = output.logits.shape[2], example.ids.shape[1]
-    wanted = example.anchors[0].unsqueeze(-1) + 1 + torch.arange(block, device=example.anchors.device)  # [A, B]
-    valid = wanted < length
-    judges = (wanted - 1).clamp(max=length - 1)  # the row of the token before judges a token
+    (count, length), block = example.ids.shape, output.logits.shape[2]
+    wanted = example.anchors.unsqueeze(-1) + 1 + torch.arange(block, device=example.anchors.device)  # [N, A, B]
+    valid = (wanted < example.lengths.view(-1, 1, 1)) & example.kept.unsqueeze(-1)
+    documents = torch.arange(count, device=wanted.device).view(-1, 1, 1)
+    judges = documents * length + (wanted - 1).clamp(max=length - 1)  # the row of the token before judges a token
     with torch.no_grad():
         probs, outside = head.probabilities(example.hidden, example.norms)
     weights = position_weights(valid, DECAY)
-    weights = weights / weights.sum()
+    weights = weights / weights.sum(dim=(1, 2), keepdim=True) / count
     shares = torch.stack([weights * (1 - tv_share), weights * tv_share], dim=-1)
     total, l1 = distribution_loss(
-        output.logits[0].flatten(0, 1), probs, judges.flatten(), outside, shares.flatten(0, 1)
+        output.logits.flatten(0, 2), probs.flatten(0, 1), judges.flatten(), outside.flatten(), shares.flatten(0, 2)
     )
     accept = ((1 - 0.5 * l1).clamp(0, 1)).view_as(valid) * valid
     if output.confidence is not None:
-        bce = F.binary_cross_entropy_with_logits(output.confidence[0].float(), accept, reduction="none")
+        bce = F.binary_cross_entropy_with_logits(output.confidence.float(), accept, reduction="none")
         total = total + (bce * weights).sum()
     return Judged(total, accept, valid)
 
@@ -143,23 +147,28 @@ class Trainer:
         """The whole distribution teaches quickly, TV is what acceptance is: the run moves over in its second half."""
         return 0.1 + 0.8 * min(1.0, max(0.0, (self.done - 0.5) / 0.3))
 
-    def step(self, examples: list[Example]) -> None:
+    def step(self, examples: Iterable[Example]) -> None:
+        """One step of the optimisers on the mean loss of all documents."""
         began = _clock(self.device)
         self._set_rates()
-        results = []
-        with self.autocast():
-            for example in examples:
+        totals, firsts, counts, positions = [], [], [], []
+        for example in examples:
+            with self.autocast():
                 output = self.model.training_forward(example.features, example.ids, example.anchors, rows=self.rows)
-                results.append(judge(output, example, self.head, self.tv_share))
-        loss = sum((r.total for r in results), torch.zeros((), device=self.device)) / len(results)
+                result = judge(output, example, self.head, self.tv_share)
+            totals.append(result.total * len(example.ids))
+            counts.append(len(example.ids))
+            firsts.append(result.accept_rate[..., 0].sum())
+            positions.append(example.kept.sum())
+        loss = torch.stack(totals).sum() / sum(counts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        accept = float(torch.cat([r.accept_rate[:, 0] for r in results]).mean())
-        positions = sum(e.anchors.shape[1] for e in examples)
-        self._count(_clock(self.device) - began, float(loss.detach()), accept, positions)
+        seen = int(torch.stack(positions).sum())
+        accept = float(torch.stack(firsts).sum()) / max(1, seen)
+        self._count(_clock(self.device) - began, float(loss.detach()), accept, seen)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 products where the machine has them; weights and optimisers stay float32."""
@@ -204,11 +213,10 @@ class Trainer:
     def run(self, corpus: Corpus, checkpoint: Path, *, save_every_s: float = 120.0) -> Iterator[Progress]:
         """Train to the end of the schedule, saving on the way and at the end; yields after every step."""
         generator = np.random.default_rng([self.options.seed, self.progress.steps])
-        stretches = corpus.shuffled(generator)
+        draws = corpus.draws(generator, self.options.documents)
         saved = self.progress.seconds
         while self.done < 1.0:
-            chosen = islice(stretches, self.options.documents)
-            self.step([corpus.example(s, self.options.anchors, generator) for s in chosen])
+            self.step(corpus.examples(next(draws), self.options.anchors, generator))
             if self.progress.seconds - saved > save_every_s:
                 self.save(checkpoint)
                 saved = self.progress.seconds
@@ -221,44 +229,15 @@ def _clock(device: torch.device) -> float:
     return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.perf_counter()
 
 
-def quick_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products are worth it there."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and _cpu_bfloat16()
-
-
-def _cpu_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones: asked of the machine, once."""
-    global _answer
-    if _answer is None:
-        _answer = _seconds(torch.bfloat16) < 0.7 * _seconds(torch.float32)
-    return _answer
-
-
-_answer: bool | None = None
-
-
-def _seconds(dtype: torch.dtype) -> float:
-    a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
 @torch.inference_mode()
 def acceptance(trainer: Trainer, corpus: Corpus, *, documents: int = 64, seed: int = 0) -> list[float]:
     """Mean acceptance (1 - TV, teacher forced) of each position of the block, over documents of `corpus`."""
     generator = np.random.default_rng(seed)
     total, count = 0.0, 0.0
-    for stretch in corpus.stretches[:documents]:
-        example = corpus.example(stretch, 64, generator)
+    for example in corpus.examples(corpus.stretches[:documents], 64, generator):
         with trainer.autocast():
             output = trainer.model.training_forward(example.features, example.ids, example.anchors)
             result = judge(output, example, trainer.head, 0.9)
-        total = total + result.accept_rate.sum(0)
-        count = count + result.valid.sum(0)
+        total = total + result.accept_rate.sum((0, 1))
+        count = count + result.valid.sum((0, 1))
     return [float(x) for x in total / count]  # type: ignore[attr-defined]

@@ -91,7 +91,7 @@ class BatchWriter:
         self._model, self._frame, self._words, self._options = model, frame, first_words, options
         self._columns = Columns(model, rows, options.longest)
         self._random = np.random.default_rng([options.seed, 1])
-        self._draws = torch.Generator().manual_seed(options.seed)
+        self._draws = torch.Generator(self._columns.device).manual_seed(options.seed)
         self._rows = [self._new(0) for _ in range(rows)]
 
     def _new(self, begin: int) -> _Row:
@@ -145,10 +145,12 @@ class BatchWriter:
         import torch
 
         logits = self._model.lm_head(hidden).float()
+        device = logits.device
         best, ids = logits.topk(self._options.top_k, dim=-1)
-        heat = torch.tensor([row.temperature if row.answer_start else SAMPLED for row in self._rows]).clamp(min=1e-4)
+        heat = torch.tensor([row.temperature if row.answer_start else SAMPLED for row in self._rows], device=device)
         noise = -torch.empty_like(best).exponential_(generator=self._draws).log()
-        return ids.gather(1, (best / heat.unsqueeze(1) + noise).argmax(dim=-1, keepdim=True))[:, 0].numpy()
+        chosen = (best / heat.clamp(min=1e-4).unsqueeze(1) + noise).argmax(dim=-1, keepdim=True)
+        return ids.gather(1, chosen)[:, 0].cpu().numpy()
 
 
 class EngineWriter:

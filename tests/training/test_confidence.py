@@ -27,7 +27,7 @@ def untrained(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     pipeline = Pipeline(tiny_target, tmp_path_factory.mktemp("confidence"), recipe, Silent())
     pipeline.generate()
     pipeline.read()
-    corpus = Corpus(pipeline._cache(), held_out=False)
+    corpus = Corpus.stored(pipeline._cache(), held_out=False)
     trainer, _ = pipeline._trainer(corpus, None)
     return trainer, corpus
 

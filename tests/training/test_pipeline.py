@@ -141,6 +141,21 @@ def test_another_recipe_needs_another_folder(trained: Path, tiny_target: Path) -
     assert "block 3, now 4" in result.output  # type: ignore[attr-defined]
 
 
+def test_on_an_accelerator_nothing_is_stored_and_the_target_reads_along_the_way(
+    tiny_target: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Driven here with the CPU in its place: what differs there is the path, not the numbers."""
+    monkeypatch.setattr("dspark_cli.training.pipeline.Pipeline.live", True)
+    work = tmp_path / "live"
+    result = train(tiny_target, work, "--documents", str(trained / "documents.jsonl"))
+    assert result.exit_code == 0, result.output  # type: ignore[attr-defined]
+    assert not (work / "features").exists()
+    curve = [json.loads(line) for line in (work / "curve.jsonl").read_text().splitlines()]
+    assert curve[-1]["expected_tau"] > curve[0]["expected_tau"] + 0.05
+    recipe = json.loads((work / "tiny.F32-dspark.gguf.recipe.json").read_text())
+    assert recipe["tokens"] >= 12_000
+
+
 @pytest.mark.parametrize("kind", ["dflash", "eagle3"])
 def test_the_other_drafters_train_too(tiny_target: Path, trained: Path, tmp_path: Path, kind: str) -> None:
     work = tmp_path / kind
@@ -219,7 +234,7 @@ def test_the_draft_vocabulary_is_the_frequent_tokens(tmp_path: Path, tiny_target
     documents = [Document((5, 6, *([77] * 4), *([88] * 3), 99), 2, 0.0)] * 3
     cache = FeatureCache(tmp_path, target="t", layers=(1,), width=64)
     cache.append(TorchReader(load_gguf_model(tiny_target)), documents, lambda n: None)
-    corpus = Corpus(cache, held_out=documents[0].held_out)
+    corpus = Corpus.stored(cache, held_out=documents[0].held_out)
     ids = draft_vocabulary(corpus, 2, 49152)
     assert ids.tolist() == [77, 88]
     assert covered(corpus, ids) == pytest.approx(7 / 8)
