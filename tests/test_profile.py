@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,7 +48,7 @@ def test_finds_the_jags_of_the_machine_within_its_time() -> None:
     target, drafter, clock = pair(noise=0.05)
     profile = measure(target, drafter, seconds=5.0, clock=clock)
     assert clock() < 6.0
-    assert profile.lasting
+    assert profile.doubt is None
     costs = profile.costs()
     curve = costs.verify_ms(1, 32, 7)
     for tokens in range(1, 8):
@@ -170,6 +173,53 @@ def test_a_busy_machine_is_measured_but_not_remembered(monkeypatch: pytest.Monke
     assert costs.verify.known
     assert not place.path.exists()
     assert any("busy" in n and "not kept" in n for n in notices)
+
+
+def test_a_machine_too_slow_to_time_passes_twice_is_not_called_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seconds a pass: nothing is timed twice, so nothing is known of how much times differ."""
+    monkeypatch.setenv("DSPARK_PROFILE_SECONDS", "5")
+    target, drafter, clock = pair()
+    target.ms = Curve({n: 200 * ms for n, ms in JAGGED.items()})
+    monkeypatch.setattr("dspark_cli.engine.profile.measure", partial(measure, clock=clock))
+    notices: list[str] = []
+    place = Place.of(target, drafter, None)
+    assert costs_of(target, drafter, place, notices.append).verify.known
+    assert not place.path.exists()
+    assert notices[1:] == ["not every pass could be timed twice: this measurement is not kept"]
+
+
+class RecordingTarget(TimedTarget):
+    """Records a pass when its shape first comes, which takes 150 ms more, and replays it from then on."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.info = replace(self.info, details={"capture": "graph"})
+        self.recorded: set[tuple[int, bool]] = set()
+
+    def step(self, rows: list[Row]) -> list[RowOutput]:  # type: ignore[override]
+        shape = (sum(len(row.tokens) for row in rows), self.length(rows[0].seq) > 256)
+        if shape[0] < 32 and shape not in self.recorded:  # wide ones, of prompts, are not recorded
+            self.recorded.add(shape)
+            self.clock.spend(150.0)
+            self.native_ms += 150.0
+        return super().step(rows)
+
+
+def jobs_of(profile: Profile) -> set[tuple[bool, str, int]]:
+    return {(job.depth == profile.depths[0], job.kind, job.tokens) for job in profile.samples}
+
+
+def test_recording_a_pass_is_no_cost_of_it_and_takes_no_time_from_measuring() -> None:
+    target, drafter, clock = pair(noise=0.02, kind=RecordingTarget)
+    profile = measure(target, drafter, seconds=5.0, clock=clock)
+    assert profile.doubt is None, "a recording among the samples looks like a busy machine"
+    assert max(max(samples) for samples in profile.samples.values()) < 150.0
+    other, drafter, its_clock = pair(noise=0.02)
+    wanted = measure(other, drafter, seconds=5.0, clock=its_clock)
+    assert jobs_of(profile) == jobs_of(wanted)
+    assert profile.repeats == wanted.repeats
+    assert clock() - its_clock() < 0.15 * len(target.recorded) + 1.0
+    assert target.length(0) == 0
 
 
 def test_an_interrupted_measurement_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def print_findings(found: dict[str, Any]) -> None:
         table.add_row(str(n), f"{ms:.1f}", f"{ms / plain:.2f}", *off)
     console.print(table)
     console.print(f"off by: from the logits of single tokens (RMS); {_bits(apart)}", highlight=False)
-    kept = "kept" if costs["kept"] else "not kept: the machine is busy"
+    kept = "kept" if costs["kept"] else "not kept"  # a notice said why
     by = costs["draft_ms_by"]
     runners = "" if by is None else " (" + ", ".join(f"{name} {ms:.2f}" for name, ms in by.items()) + ")"
     console.print(f"draft pass {costs['draft_ms']:.2f} ms{runners}; {kept}\n", highlight=False)

@@ -90,9 +90,11 @@ class Profile:
         return float(np.median(wide)) if wide else float("inf")
 
     @property
-    def lasting(self) -> bool:
-        """Whether it may be kept for later sessions."""
-        return self.repeats >= REPEATS - 1 and self.spread <= WIDE
+    def doubt(self) -> str | None:
+        """Why it may not be kept for later sessions; None = it may."""
+        if self.repeats < REPEATS - 1:
+            return "not every pass could be timed twice"
+        return None if self.spread <= WIDE else f"the machine is busy (times differ by {self.spread:.0%})"
 
     def costs(self) -> CostModel:
         """Raises ValueError when nothing was measured."""
@@ -395,10 +397,10 @@ def costs_of(
         costs = profile.costs()
     except ValueError:
         return CostModel.unmeasured()
-    if profile.lasting:
+    if profile.doubt is None:
         place.save(profile)
     elif seconds >= 1:
-        notice(f"the machine is busy (times differ by {profile.spread:.0%}): this measurement is not kept")
+        notice(f"{profile.doubt}: this measurement is not kept")
     return costs
 
 
