@@ -17,6 +17,7 @@ import pytest
 
 from dspark_cli.backends.base import FloatArray, IntArray
 from dspark_cli.backends.llamacpp.export import DrafterSpec, write_drafter_gguf
+from dspark_cli.backends.llamacpp.quants import Formats
 
 HIDDEN = 576
 N_VOCAB = 49152
@@ -136,7 +137,7 @@ def walk(anchor: int, length: int, successor: Successor = after) -> list[int]:
 
 
 def write(folder: Path, tensors: Arrays, spec: DrafterSpec = SPEC, *, quant: str = "F32", name: str = "d.gguf") -> Path:
-    return write_drafter_gguf(folder / name, tensors, spec, target_path(), quant=quant)
+    return write_drafter_gguf(folder / name, tensors, spec, target_path(), formats=Formats(quant))
 
 
 def dflash(spec: DrafterSpec = SPEC, *, from_anchor: bool = False) -> DrafterSpec:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dspark_cli.backends.base import BadInput, DsparkError, FloatArray, PairMismatch
+from dspark_cli.backends.base import DsparkError, FloatArray, PairMismatch
 from dspark_cli.backends.gguf_file import check_file
 from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE
-from dspark_cli.backends.llamacpp.quants import QUANTS
+from dspark_cli.backends.llamacpp.quants import HALF, QUANTS, Formats
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,6 @@ _CONFIDENCE_TENSORS: dict[str, tuple[str, str]] = {
 }
 _VOCABULARY_TENSORS: dict[str, tuple[str, str]] = {"lm_head.weight": ("output.weight", "v d"), "d2t": ("d2t", "v")}
 
-_PER_TOKEN = ("markov_w1.weight", "markov_w2.weight", "output.weight")
-
 #: in checkpoints, but not in the file: copies of the target's, or derived
 _LEFT_OUT = ("embed_tokens.weight", "lm_head.weight", "t2d", "rotary_emb.inv_freq")
 
@@ -92,24 +90,18 @@ def write_drafter_gguf(
     spec: DrafterSpec,
     target_gguf: str | Path,
     *,
-    quant: str = "F16",
-    vocabulary_quant: str | None = None,
+    formats: Formats = HALF,
 ) -> Path:
     """Write the drafter of `spec` to `path`, whole or not at all; returns the path.
 
     tensors: arrays under their DeepSpec names (no "model." in front); `d2t` int64 [draft_vocab]: absolute target ids.
     target_gguf: the target it was trained for; vocabulary, tokenizer and context length are copied from there.
-    quant: how 2-D weights are stored; norms and the confidence head stay F32.
-    vocabulary_quant: the same for matrices with a row per token (head, Markov), where most of a small drafter's bytes are.
+    formats: how the matrices are stored.
 
     Raises DsparkError for tensors that are missing, unknown or of the wrong shape, PairMismatch for another target.
     """
     import gguf
 
-    vocabulary_quant = vocabulary_quant or quant
-    for word in (quant, vocabulary_quant):
-        if word not in QUANTS:
-            raise BadInput(f"unknown format {word!r}: one of {', '.join(QUANTS)}")
     check_file(Path(target_gguf))
     target = _metadata(Path(target_gguf), Path(target_gguf).stat().st_mtime_ns)
     n_vocab = _check_target(spec, target, Path(target_gguf).name)
@@ -119,9 +111,9 @@ def write_drafter_gguf(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         writer = gguf.GGUFWriter(temporary, DRAFTER_ARCHITECTURE)
-        _write_metadata(writer, spec, target, n_vocab, quant)
+        _write_metadata(writer, spec, target, n_vocab, formats.layers)
         for name, data in ready.items():
-            _write_tensor(writer, name, data, vocabulary_quant if name in _PER_TOKEN else quant)
+            _write_tensor(writer, name, data, formats.of(name))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

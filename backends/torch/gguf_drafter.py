@@ -15,6 +15,7 @@ from torch import Tensor
 from dspark_cli.backends.errors import DsparkError
 from dspark_cli.backends.llamacpp.export import DrafterSpec, gguf_names, write_drafter_gguf
 from dspark_cli.backends.llamacpp.header import Header, read_header, read_tensor
+from dspark_cli.backends.llamacpp.quants import HALF, Formats
 from dspark_cli.backends.pairing import TargetFacts, check_gguf, gguf_target
 from dspark_cli.backends.torch.checkpoint import TargetTables, assemble
 from dspark_cli.backends.torch.config import DrafterConfig
@@ -123,10 +124,8 @@ def spec_of(config: DrafterConfig, name: str = "drafter") -> DrafterSpec:
     )
 
 
-def save_gguf_drafter(
-    model: DSpark | Eagle3, path: Path, target: Path, *, quant: str = "F16", vocabulary_quant: str | None = None
-) -> Path:
-    """Write `model` as a GGUF for `target`. vocabulary_quant: of the head and the Markov matrices, `quant` by default."""
+def save_gguf_drafter(model: DSpark | Eagle3, path: Path, target: Path, formats: Formats = HALF) -> Path:
+    """Write `model` as a GGUF for `target`."""
     spec = spec_of(model.config, path.stem)
     tensors = {key: np.asarray(value.detach().cpu()) for key, value in model.float().state_dict().items()}
-    return write_drafter_gguf(path, tensors, spec, target, quant=quant, vocabulary_quant=vocabulary_quant)
+    return write_drafter_gguf(path, tensors, spec, target, formats=formats)

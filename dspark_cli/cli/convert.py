@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dspark_cli.backends.errors import BadInput, DsparkError
+from dspark_cli.backends.llamacpp.quants import Formats
 from dspark_cli.cli import options as o
 
 
@@ -25,7 +26,12 @@ def convert(
         ),
     ] = None,
     format: Annotated[str, typer.Option("--format", help="Of the matrices in a GGUF file.")] = "F16",
-    vocab_format: Annotated[str | None, typer.Option(help="The same for matrices with a row per token.")] = None,
+    vocab_format: Annotated[
+        str, typer.Option(help="The same for rows of the draft vocabulary: output head, second Markov matrix.")
+    ] = "",
+    embedding_format: Annotated[
+        str, typer.Option(help="The same for the Markov embedding, a row for every token of the target.")
+    ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace DESTINATION if it exists.")] = False,
     offline: o.Offline = False,
 ) -> None:
@@ -33,6 +39,7 @@ def convert(
 
     Example: dspark convert ./dspark_qwen3_4b_block7 dspark-qwen3-4b.gguf --target qwen3-4b --format Q8_0
     """
+    formats = Formats(format, vocab_format, embedding_format)
     if not source.exists():
         raise BadInput(f"{source} does not exist")
     if destination.exists() and not force:
@@ -58,7 +65,7 @@ def convert(
     try:
         if to_gguf:
             assert path is not None
-            save_gguf_drafter(model, destination, path, quant=format, vocabulary_quant=vocab_format)
+            save_gguf_drafter(model, destination, path, formats)
         else:
             save_drafter(model, destination)
     except OSError as error:

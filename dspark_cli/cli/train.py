@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from dspark_cli.backends.errors import BadInput, NotReady
+from dspark_cli.backends.llamacpp.quants import Formats
 from dspark_cli.cli import options as o
 from dspark_cli.cli.errors import INTERRUPTED
 from dspark_cli.cli.lines import NowAndThen
@@ -56,7 +57,12 @@ def train(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="NAME.gguf, or a folder for safetensors.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for texts, features and checkpoints.")] = None,
     format: Annotated[str, typer.Option("--format", help="Of the drafter's matrices in the GGUF file.")] = "Q8_0",
-    vocab_format: Annotated[str | None, typer.Option(help="The same for matrices with a row per token.")] = None,
+    vocab_format: Annotated[
+        str, typer.Option(help="The same for rows of the draft vocabulary: output head, second Markov matrix.")
+    ] = "",
+    embedding_format: Annotated[
+        str, typer.Option(help="The same for the Markov embedding, a row for every token of the target.")
+    ] = "",
     quant: o.Quant = None,
     threads: o.Threads = None,
     seed: o.Seed = 0,
@@ -67,7 +73,8 @@ def train(
 
     Example: dspark train smollm2-135m --hours 2 --tokens 1000000
     """
-    _check(drafter, head, through, out, format, vocab_format, prompts)
+    formats = Formats(format, vocab_format, embedding_format)
+    _check(drafter, head, through, out, prompts)
     _needs_torch()
     name, target = _target(model, quant, offline)
     work = work or _work_folder(name, drafter)
@@ -85,7 +92,7 @@ def train(
         if documents and not pipeline.documents.exists():
             import_documents(documents, pipeline.documents)
         try:
-            made = pipeline.run(out, quant=format, vocabulary_quant=vocab_format, command=_command(), start=from_)
+            made = pipeline.run(out, formats=formats, command=_command(), start=from_)
         except (OutOfTime, KeyboardInterrupt) as stopped:
             why = f"after --max-hours {max_hours:g}" if isinstance(stopped, OutOfTime) else "by Ctrl-C"
             bars.say(f"stopped {why}; {work} is kept: the same command goes on")
@@ -98,17 +105,10 @@ def train(
     typer.echo(f"wrote {made.drafter}\n  try: dspark chat {model} --drafter {made.drafter}", err=True)
 
 
-def _check(
-    drafter: str, head: str, through: str, out: Path | None, quant: str, vocab_quant: str | None, prompts: Path | None
-) -> None:
+def _check(drafter: str, head: str, through: str, out: Path | None, prompts: Path | None) -> None:
     for what, value, known in (("drafter", drafter, KINDS), ("head", head, HEADS), ("--through", through, THROUGH)):
         if value not in known:
             raise BadInput(f"unknown {what} {value!r}: one of {', '.join(known)}")
-    from dspark_cli.backends.llamacpp.quants import QUANTS
-
-    for word in (quant, vocab_quant):
-        if word is not None and word not in QUANTS:
-            raise BadInput(f"unknown format {word!r}: one of {', '.join(QUANTS)}")
     if out is not None and out.suffix == ".gguf" and (drafter == "eagle3" or head != "vanilla"):
         what = "an Eagle3 drafter" if drafter == "eagle3" else f"a {head} head"
         raise BadInput(f"{what} has no form as a GGUF file", hint=f"--out {out.with_suffix('')}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_cli.backends.errors import DsparkError
+from dspark_cli.backends.llamacpp.quants import Formats
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
 from dspark_cli.bench.plots import lines, standalone
@@ -24,14 +25,12 @@ class Exported:
     calibration: Path | None
 
 
-def write_drafter(
-    model: DSpark | Eagle3, path: Path, target: Path, *, quant: str, vocabulary_quant: str | None = None
-) -> Path:
+def write_drafter(model: DSpark | Eagle3, path: Path, target: Path, formats: Formats) -> Path:
     """`path` as GGUF if it ends so, else as a folder of config.json and safetensors."""
     if path.suffix == ".gguf":
         from dspark_cli.backends.torch.gguf_drafter import save_gguf_drafter
 
-        return save_gguf_drafter(model, path, target, quant=quant, vocabulary_quant=vocabulary_quant)
+        return save_gguf_drafter(model, path, target, formats)
     from dspark_cli.backends.torch.export import save_drafter
 
     save_drafter(model, path)

@@ -24,6 +24,7 @@ import torch
 from dspark_cli.backends.base import DsparkError
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.header import read_header
+from dspark_cli.backends.llamacpp.quants import Formats
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.backends.torch.checkpoint import build, load_drafter
 from dspark_cli.backends.torch.config import DrafterConfig
@@ -128,14 +129,12 @@ class Pipeline:
                 raise DsparkError(f"{self.work} was begun with another recipe: {what}", hint="another --work folder")
         path.write_text(json.dumps(mine, indent=1) + "\n")
 
-    def run(
-        self, out: Path, *, quant: str, vocabulary_quant: str | None, command: str, start: Path | None = None
-    ) -> Exported:
+    def run(self, out: Path, *, formats: Formats, command: str, start: Path | None = None) -> Exported:
         """All stages. Raises OutOfTime when the clock says so, DsparkError for what cannot be done."""
         self.generate()
         self.read()
         trainer, facts = self.train(start)
-        path = write_drafter(trainer.model, out, self.target, quant=quant, vocabulary_quant=vocabulary_quant)
+        path = write_drafter(trainer.model, out, self.target, formats)
         evaluation = self.evaluate(path)
         curve = [json.loads(line) for line in (self.work / "curve.jsonl").read_text().splitlines()]
         return write_companions(path, self.recipe.kind, facts | {"command": command}, evaluation, curve)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from dspark_cli.backends.base import DsparkError
+from dspark_cli.backends.llamacpp.quants import Formats
 from dspark_cli.backends.torch.checkpoint import build, load_drafter
 from dspark_cli.backends.torch.config import DrafterConfig
 from dspark_cli.backends.torch.dspark import DSpark
@@ -94,11 +96,15 @@ def test_quantized_files_hold_the_same_drafter_within_their_rounding(
     tiny_target: Path, tmp_path: Path, quant: str, atol: float
 ) -> None:
     model = drafter(tiny_target)
-    path = save_gguf_drafter(model, tmp_path / "d.gguf", tiny_target, quant="F16", vocabulary_quant=quant)
+    path = save_gguf_drafter(model, tmp_path / "d.gguf", tiny_target, Formats("F16", "Q8_0", quant))
     back = load_gguf_drafter(path, tiny_target)
     assert isinstance(back, DSpark)
     w1 = back.markov_head.markov_w1.weight  # type: ignore[union-attr]
     torch.testing.assert_close(w1, model.markov_head.markov_w1.weight, atol=atol, rtol=0)  # type: ignore[union-attr]
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+    assert types["markov_w1.weight"] == quant
+    assert types["markov_w2.weight"] == types["output.weight"] == "Q8_0"
+    assert types["blk.0.ffn_down.weight"] == "F16"
     assert back.d2t is not None
     assert torch.equal(back.d2t, model.d2t)  # type: ignore[arg-type]
 

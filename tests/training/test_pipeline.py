@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from dspark_cli.backends.base import DraftRequest, DsparkError, Row
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
+from dspark_cli.backends.llamacpp.quants import Formats
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.backends.torch.drafter import DSparkDrafter, make_drafter
 from dspark_cli.backends.torch.dspark import DSpark
@@ -88,7 +89,7 @@ def test_libllama_and_torch_draft_the_same_from_the_exported_file(
     """Same features in, same tokens and confidences out; a difference is allowed where two logits nearly tie."""
     options = ContextOptions(ctx=512, kv_type="f32", flash_attn="off")
     model = load_gguf_drafter(trained / "d.gguf", tiny_target)
-    path = save_gguf_drafter(model, tmp_path / "d.F32.gguf", tiny_target, quant="F32")
+    path = save_gguf_drafter(model, tmp_path / "d.F32.gguf", tiny_target, Formats("F32"))
     ids = next(iter(read_documents(trained / "documents.jsonl"))).ids
     with (
         LlamaCppTarget(tiny_target, options) as target,
