@@ -14,7 +14,7 @@ from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.engine.auto import AutoSchedule
 from dspark_cli.engine.beliefs import Belief
 from dspark_cli.engine.costs import CostModel
-from dspark_cli.engine.guard import TRIAL_SHARE, Guard
+from dspark_cli.engine.guard import LOOK_AFTER, LOOK_SHARE, TRIAL_SHARE, Guard
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off, Outcome, Schedule
 from dspark_cli.engine.session import first_difference
@@ -322,6 +322,31 @@ class TestGuard:
             guard.skipped()
             waited += 1
         assert waited == wait
+
+    @pytest.mark.parametrize(("hopeful", "waited", "left"), [(True, 60, LOOK_AFTER), (True, 20, 80), (False, 60, 40)])
+    def test_each_text_gets_a_look_where_the_drafter_is_known_to_suit_some(
+        self, hopeful: bool, waited: int, left: int
+    ) -> None:
+        """Not before as long a wait as the last trial cost, and never for a drafter that nothing good is known of."""
+        guard = Guard(hopeful=hopeful)
+        guard.park(0.5, "expected", trial=0.5)  # worth 100 rounds of waiting
+        for _ in range(waited):
+            guard.skipped()
+        guard.hasten()
+        assert guard._left == left
+
+    def test_looks_take_a_bounded_share_of_answers_that_are_drafted_badly(self) -> None:
+        guard, spent, rounds = Guard(hopeful=True), 0.0, 0
+        while rounds < 40_000:
+            if rounds % 100 == 0:
+                guard.hasten()
+            rounds += 1
+            if guard.active:
+                guard.observe(1.0, 1.0, 1.5, spent=0.5)
+                spent += 0.5
+            else:
+                guard.skipped()
+        assert TRIAL_SHARE < spent / rounds < 1.2 * LOOK_SHARE
 
     def test_a_dear_trial_that_fails_is_not_soon_repeated(self) -> None:
         guard = Guard(first_wait=20)

@@ -166,7 +166,7 @@ class AutoSchedule(Schedule):
             return
         survival = np.mean([_extended(a, block) for a in self._recent], axis=0)
         rate = self._expected_rate(survival)
-        now.pass_guard = self._guard(trusted=rate >= TRUSTED)
+        now.pass_guard = self._guard(trusted=rate >= TRUSTED, hopeful=rate >= HOPELESS)
         if rate < HOPELESS:
             trial = self.costs.pass_ms(min(plan.shared, WATCHED), block, plan.depth)
             now.pass_guard.park(rate, "expected", trial=2 * trial / plan.plain)

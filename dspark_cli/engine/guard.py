@@ -17,6 +17,8 @@ FADE = 0.985  # share of an account that lasts to the next round
 TRIAL_SHARE = 0.005  # of the time until the next trial that one which only watches may take, once a few have failed
 FIRST_SHARE = 0.02  # the same after the first that fails
 NEAR = 0.9  # a speed over plain decoding that another text may well lift above 1
+LOOK_SHARE = 0.01  # of an answer that one trial at its beginning may take, where other texts are known to be drafted well
+LOOK_AFTER = 6  # rounds into the answer: its first words are much the same whatever follows
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Guard:
                 and for probes that only watch up to where they take `TRIAL_SHARE` of the time
     patience:   tokens an account may lose before parking, expected and observed; a probe has `probe_share` of it
     trusted:    whether earlier runs showed that it pays; otherwise the first rounds are a probe too
+    hopeful:    whether they showed that it about pays on the whole: then it does on some texts, and each new one gets a look
     """
 
     first_wait: int = 20
@@ -34,6 +37,7 @@ class Guard:
     patience: tuple[float, float] = (1.2, 3.0)
     probe_share: float = 0.25
     trusted: bool = False
+    hopeful: bool = False
     active: bool = True
     reason: str = ""
     _expected: float = 0.0
@@ -44,6 +48,8 @@ class Guard:
     _halved: int = 0  # what `hasten` takes off
     _rate: float = 0.0  # speed over plain decoding at which it was parked
     _spent: float = 0.0
+    _price: float = 0.0  # of the last trial, in plain tokens
+    _waited: int = 0
     _tokens: float = field(default=0.0)
     _cost: float = field(default=0.0)
 
@@ -62,16 +68,21 @@ class Guard:
         """A round went by without speculating. After enough of them the next one is a probe."""
         if self.active:
             return
-        self._left -= 1
+        self._left, self._waited = self._left - 1, self._waited + 1
         if self._left <= 0:
             self.active, self._probing = True, True
             self._expected = self._observed = self._tokens = self._cost = 0.0
 
     def hasten(self) -> None:
-        """Another text begins, for which the drafter may do better: half of the wait is enough if little was missing."""
-        if not self.active and self._rate >= NEAR:
+        """Another text begins, for which the drafter may do better: half of the wait is enough if little was missing, and
+        where the drafter is known to suit some texts, as long a wait as the last trial cost."""
+        if self.active:
+            return
+        if self._rate >= NEAR:
             self._left -= self._halved
             self._halved = 0
+        if self.hopeful and self._waited >= self._price / LOOK_SHARE:
+            self._left = min(self._left, LOOK_AFTER)
 
     def observe(self, expected: float, observed: float, cost: float, *, spent: float | None = None) -> None:
         """A speculating round cost as much as `cost` plain tokens; it promised `expected` tokens and brought `observed`.
@@ -105,6 +116,7 @@ class Guard:
         self.active = self._probing = False
         self._rate, self.reason = rate, f"{rate:.2f}x {how}"
         spent, self._spent = self._spent or trial, 0.0
+        self._price, self._waited = spent, 0
         longest = min(self.longest_wait, int(spent / TRIAL_SHARE)) if spent else self.longest_wait
         if trial:  # earlier runs have had the short waits
             self._wait = max(self.first_wait, longest)
