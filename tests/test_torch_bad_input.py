@@ -237,6 +237,9 @@ def test_a_switch_that_is_none(good: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "load_model", None)  # told before anything is loaded
     with pytest.raises(BadInput, match="cannot be captured on cpu"):
         opened(good, capture="graph", device="cpu")
+    monkeypatch.setenv("DSPARK_KERNELS", "triton")
+    with pytest.raises(BadInput, match="Triton does not run on cpu"):
+        opened(good, device="cpu")
     with pytest.raises(BadInput, match="at least 1"):
         TorchOptions(n_seq=0)
 

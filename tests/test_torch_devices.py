@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 from dspark_cli.backends.base import BadInput, NotReady
 from dspark_cli.backends.torch import devices as torch_devices
-from dspark_cli.backends.torch.devices import Facts, capture_for, detect, dtype_for, pick, uses_triton
+from dspark_cli.backends.torch.devices import Facts, capture_for, detect, dtype_for, kernels_for, pick
 
 GB = 10**9
 
@@ -99,8 +99,13 @@ def test_what_a_machine_computes_in_and_how(
     assert dtype_for("float32", facts, "qwen3") == for_fp32
     assert dtype_for("bfloat16", facts, "gemma4_unified") == for_gemma
     assert capture_for("auto", facts) == capture
-    assert uses_triton(facts, lambda: True) is triton
-    assert not uses_triton(facts, lambda: False)
+    assert kernels_for("reference", facts, lambda: True) == "reference"
+    if triton:
+        assert kernels_for("triton", facts, lambda: True) == "triton"
+    with pytest.raises(BadInput, match="is not installed" if triton else f"does not run on {facts.name}"):
+        kernels_for("triton", facts, lambda: not triton)
+    with pytest.raises(BadInput, match="unknown kernels 'metal': one of reference, triton"):
+        kernels_for("metal", facts, lambda: True)
 
 
 def test_a_cpu_with_bfloat16_instructions_keeps_bfloat16() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark_cli.backends.base import BadInput, NotReady
+from dspark_cli.kernels.dispatch import PATHS
 
 CAPTURES = ("auto", "off", "graph", "compile")
 #: families whose activations leave the range of float16 (their cards ask for bfloat16 or float32)
@@ -161,10 +162,18 @@ def capture_for(wanted: str, facts: Facts) -> str:
     return wanted
 
 
-def uses_triton(facts: Facts, installed: Callable[[], bool]) -> bool:
-    """Whether kernels run through Triton: where the kind has it and the package is there (CUDA: from compute 7.0)."""
+def kernels_for(wanted: str, facts: Facts, installed: Callable[[], bool]) -> str:
+    """`wanted`, a path of kernels/dispatch.py. Raises BadInput for another word and where Triton does not run.
+
+    Triton runs where the kind has it and the package is there (CUDA: from compute 7.0).
+    """
+    if wanted not in PATHS:
+        raise BadInput(f"unknown kernels {wanted!r}: one of {', '.join(PATHS)}")
     able = KINDS[facts.kind].triton and (facts.kind != "cuda" or facts.capability >= (7, 0))
-    return able and installed()
+    if wanted == "triton" and not (able and installed()):
+        why = "is not installed" if able else f"does not run on {facts.name}"
+        raise BadInput(f"Triton {why}", hint="DSPARK_KERNELS=reference")
+    return wanted
 
 
 def is_out_of_memory(error: BaseException) -> bool:

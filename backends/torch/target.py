@@ -39,8 +39,8 @@ from dspark_cli.backends.torch.devices import (
     detect,
     dtype_for,
     is_out_of_memory,
+    kernels_for,
     pick,
-    uses_triton,
 )
 from dspark_cli.backends.torch.folder import check_folder
 from dspark_cli.backends.torch.loading import end_tokens, failures, load_model, plain_attention, unfit
@@ -67,6 +67,7 @@ class TorchOptions:
     device:  auto, or a kind of device with or without its number: cuda, cuda:1, rocm, metal, cpu
     dtype:   None = as stored, where the device computes in it at speed
     capture: auto, off, graph or compile (capture.py); DSPARK_CAPTURE is the default
+    kernels: reference or triton (kernels/dispatch.py); DSPARK_KERNELS is the default
     notice:  is told, in one line, what the user may want to know
     """
 
@@ -76,6 +77,7 @@ class TorchOptions:
     threads: int | None = None
     dtype: str | None = None
     capture: str = field(default_factory=lambda: os.environ.get("DSPARK_CAPTURE", "auto"))
+    kernels: str = field(default_factory=lambda: os.environ.get("DSPARK_KERNELS", "reference"))
     notice: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ def open_target(folder: str | Path, options: TorchOptions | None = None, *, name
     found = check_folder(Path(folder))
     facts = pick(options.device, detect())
     capture_for(options.capture, facts)  # a switch that is none is told before minutes of loading
-    dispatch.use("triton" if uses_triton(facts, dispatch.installed) else "reference")
+    dispatch.use(kernels_for(options.kernels, facts, dispatch.installed))
     dtype = options.dtype or dtype_for(found.dtype, facts, found.model_type)
     with failures(f"{found.path.name} in {dtype}", found.n_bytes(dtype), facts):
         model = load_model(found.path, getattr(torch, dtype), torch.device(facts.torch_name))
