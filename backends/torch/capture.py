@@ -10,6 +10,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -97,15 +99,30 @@ def compiled(run: Run) -> Run:
     return torch.compile(run, dynamic=False, mode=mode)
 
 
+#: held while something runs on a recording stream: what another thread sent there would be recorded too
+_recording = Lock()
+
+
+@lru_cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of this process on which passes of `device` are warmed up and recorded.
+
+    torch keeps a cuBLAS workspace for every stream that a product ever ran on (32 MiB on Hopper): with streams of their own,
+    targets that were opened and closed left one each. They cannot be taken back at `close`
+    (torch._C._cuda_clearCublasWorkspaces): recordings of other targets hold their addresses.
+    """
+    return torch.cuda.Stream(device)
+
+
 class _Graphs:
     """CUDA and HIP graphs, in one memory pool: a replay's outputs are read before the next replay.
 
-    Warming up and recording share one stream: libraries keep a workspace for every stream that they ever ran on, and what
-    they make while recording would lie in the pool for good. A pool cannot be used again once all its graphs are gone.
+    Warming up and recording share one stream: what libraries make for a stream while recording would lie in the pool for
+    good. A pool cannot be used again once all its graphs are gone.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+        self.stream = _recording_stream(device)
         self.device = device
         self._replays: list[weakref.ref[Run]] = []
 
@@ -113,6 +130,17 @@ class _Graphs:
         self._replays = [replay for replay in self._replays if replay() is not None]
         if not self._replays:
             self._pool = torch.cuda.graph_pool_handle()
+        with _recording:
+            graph, output = self._record(run)
+
+        def replay() -> PassOutput:
+            graph.replay()
+            return output
+
+        self._replays.append(weakref.ref(replay))
+        return replay
+
+    def _record(self, run: Run) -> tuple[torch.cuda.CUDAGraph, PassOutput]:
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):  # libraries set themselves up outside the recording
@@ -123,10 +151,4 @@ class _Graphs:
         # "thread_local": what other threads ask of the device meanwhile (free memory, say) does not spoil the recording
         with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
             output = run()
-
-        def replay() -> PassOutput:
-            graph.replay()
-            return output
-
-        self._replays.append(weakref.ref(replay))
-        return replay
+        return graph, output
