@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor  # noqa: E402
 
 from dspark_cli.kernels.markov_step import GREEDY  # noqa: E402
-from dspark_cli.kernels.verify_draft import probabilities  # noqa: E402
+from dspark_cli.kernels.verify_draft import probabilities, verify_draft  # noqa: E402
 
 #: shares of the total by which two float32 sums over a vocabulary may differ
 ROUNDING = 2e-5
@@ -104,3 +104,17 @@ def assert_judged(case: Judged, accepted: Tensor, token: Tensor, wanted: Tensor)
             assert int(token[i]) == int(case.logits[i, count].argmax())
         else:
             assert_drawn(last, int(token[i]), float(case.uniform[i, k]))
+
+
+def assert_law(device: str, path: str) -> None:
+    """The point of it all: a drafted token, accepted or replaced, is distributed as the target's own."""
+    n, width = 50_000, 5
+    random = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, 2, width, generator=random).mul(1.5).expand(n, -1, -1)
+    draft_probs = torch.softmax(torch.randn(1, 1, width, generator=random), dim=-1).expand(n, -1, -1)
+    tokens = torch.multinomial(draft_probs[0], n, replacement=True, generator=random).view(n, 1)
+    uniform = torch.rand(n, 2, generator=random)
+    case = (logits, tokens, torch.ones(n).long(), draft_probs, torch.ones(n), uniform)
+    accepted, token = (part.cpu() for part in verify_draft(*(part.to(device) for part in case), path=path))
+    found = torch.bincount(torch.where(accepted == 1, tokens[:, 0], token), minlength=width) / n
+    assert float((found - torch.softmax(logits[0, 0], dim=-1)).abs().max()) < 0.012  # five deviations of a share

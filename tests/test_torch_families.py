@@ -94,28 +94,37 @@ def family_config(kind: str) -> transformers.PretrainedConfig:
     return transformers.CONFIG_MAPPING[kind](text_config={"model_type": text, **SIZES, **needs}, **others)
 
 
-def open_family(kind: str, folder: Path) -> TorchTarget:
+def save_family(kind: str, folder: Path) -> Path:
     config = family_config(kind)
     tiny_model(config).save_pretrained(folder)
     save_tokenizer(folder)
-    return open_target(folder, TorchOptions(n_seq=2, threads=1, capture="off"))
+    return folder
+
+
+def open_family(kind: str, folder: Path) -> TorchTarget:
+    return open_target(save_family(kind, folder), TorchOptions(n_seq=2, threads=1, capture="off"))
+
+
+def check_passes(target: TorchTarget) -> None:
+    tokens = np.random.default_rng(3).integers(0, N_VOCAB, size=40).tolist()
+    with plain_attention(target.network.model), torch.inference_mode():
+        ids = torch.tensor([tokens], device=target.device)
+        whole = target.network.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    target.request_features((-1, 0, 2))
+    first = target.step([Row(0, tokens[:17]), Row(1, tokens[5:12])])[0]
+    target.rewind(0, 15)
+    rest = [target.step([Row(0, tokens[i : i + 5])])[0] for i in range(15, 40, 5)]
+    logits = np.concatenate([first.logits[:15], *(part.logits for part in rest)])
+    parts = [first.features[:15], *(part.features for part in rest)]  # type: ignore[index]
+    np.testing.assert_allclose(logits, whole.logits[0].float().cpu().numpy(), atol=2e-3, rtol=1e-3)
+    wanted = np.concatenate([whole.hidden_states[layer + 1][0].cpu().numpy() for layer in (-1, 0, 2)], axis=1)
+    np.testing.assert_allclose(np.concatenate(parts), wanted, atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [*FAMILIES, *PUBLISHED])
 def test_passes_equal_those_of_transformers(kind: str, tmp_path: Path) -> None:
     with open_family(kind, tmp_path) as target:
-        tokens = np.random.default_rng(3).integers(0, N_VOCAB, size=40).tolist()
-        with plain_attention(target.network.model), torch.inference_mode():
-            whole = target.network.model(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
-        target.request_features((-1, 0, 2))
-        first = target.step([Row(0, tokens[:17]), Row(1, tokens[5:12])])[0]
-        target.rewind(0, 15)
-        rest = [target.step([Row(0, tokens[i : i + 5])])[0] for i in range(15, 40, 5)]
-        logits = np.concatenate([first.logits[:15], *(part.logits for part in rest)])
-        parts = [first.features[:15], *(part.features for part in rest)]  # type: ignore[index]
-    np.testing.assert_allclose(logits, whole.logits[0].float().numpy(), atol=2e-3)
-    wanted = np.concatenate([whole.hidden_states[layer + 1][0].numpy() for layer in (-1, 0, 2)], axis=1)
-    np.testing.assert_allclose(np.concatenate(parts), wanted, atol=2e-3)
+        check_passes(target)
 
 
 def test_layers_that_cannot_take_back_tokens_are_refused() -> None:

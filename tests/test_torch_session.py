@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,25 +22,30 @@ from dspark_cli.engine.session import OpenOptions, Session  # noqa: E402
 from dspark_cli.engine.stats import Stats  # noqa: E402
 from tiny import DRAFTER, EAGLE, tiny_checkpoint, tiny_config, tiny_drafter, tiny_gguf, tiny_model  # noqa: E402
 
-DRAFTERS = {"dspark": "draft", "eagle3": "eagle", "small": "target"}
+DFLASH = replace(DRAFTER, kind="dflash", markov_rank=0, confidence_head=False, confidence_head_with_markov=False)
+DRAFTERS = {"dspark": "draft", "dflash": "dflash", "eagle3": "eagle", "small": "target"}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the target and its drafters."""
-    folder = tmp_path_factory.mktemp("torch")
+    return save_files(tmp_path_factory.mktemp("torch"))
+
+
+def save_files(folder: Path) -> Path:
+    """The tiny target and its drafters."""
     tiny_checkpoint(folder / "target")
-    tiny_drafter(folder / "draft", DRAFTER)
-    tiny_drafter(folder / "eagle", EAGLE)
+    for name, config in {"draft": DRAFTER, "dflash": DFLASH, "eagle": EAGLE}.items():
+        tiny_drafter(folder / name, config)
     return folder
 
 
 def options(files: Path, drafter: str, **more: object) -> OpenOptions:
     path = drafter if drafter in ("lookup", "none") else str(files / DRAFTERS.get(drafter, drafter))
-    return OpenOptions(files / "target", "tiny", drafter=path, ctx=256, threads=1, **more)  # type: ignore[arg-type]
+    settings = {"device": "cpu", "threads": 1, **more}
+    return OpenOptions(files / "target", "tiny", drafter=path, ctx=256, **settings)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("policy", ["fixed:3", "auto"])
+@pytest.mark.parametrize("policy", ["fixed:3", "threshold:0.2", "auto"])
 @pytest.mark.parametrize("drafter", [*DRAFTERS, "lookup"])
 def test_greedy_text_is_that_of_plain_decoding(files: Path, drafter: str, policy: str) -> None:
     with Session.open(options(files, drafter, policy=policy)) as session:
@@ -57,27 +63,36 @@ def test_greedy_text_is_that_of_plain_decoding(files: Path, drafter: str, policy
 
 
 @pytest.mark.parametrize("accept", ["exact", "residual"])
-def test_sampling(files: Path, accept: str) -> None:
+@pytest.mark.parametrize("drafter", ["dspark", "eagle3"])
+def test_a_seed_gives_the_same_text_again(files: Path, drafter: str, accept: str) -> None:
     sampling = SamplingOptions(temperature=0.8, top_p=0.95, seed=3, accept=accept)  # type: ignore[arg-type]
     texts = []
     for _ in range(2):
-        with Session.open(options(files, "dspark", policy="fixed:4")) as session:
+        with Session.open(options(files, drafter, policy="fixed:4")) as session:
             request = session.text_request("abc abc", max_tokens=30, sampling=sampling)
             texts.append([t for r in session.run(request) for t in r.tokens])
             plain = [t for r in session.run(request, plain=True) for t in r.tokens]
-    assert texts[0] == texts[1], "the same seed gives the same text"
+    assert texts[0] == texts[1]
     if accept == "exact":
         assert texts[0] == plain
 
 
-def test_several_requests_share_passes(files: Path) -> None:
-    with Session.open(options(files, "dspark", policy="fixed:3", n_seq=3)) as session:
+@pytest.mark.parametrize("drafter", ["dspark", "eagle3", "lookup"])
+def test_several_requests_share_passes(files: Path, drafter: str) -> None:
+    """More requests than sequences, ragged: each says what it says alone."""
+    with Session.open(options(files, drafter, policy="fixed:3", n_seq=3)) as session:
+        texts = ("a b c a b", "hello", "x" * 30, "again and again", "a b c a b c")
         requests = [
-            session.text_request(text, max_tokens=12, sampling=SamplingOptions())
-            for text in ("a b c a b", "hello", "x" * 30, "again and again")
+            replace(session.text_request(text, max_tokens=24, sampling=SamplingOptions()), id=i)
+            for i, text in enumerate(texts)
         ]
-        together = list(session.run_all(requests))
-        assert max(r.shared for r in together) == 3
+        together: dict[int, list[int]] = {request.id: [] for request in requests}
+        rounds = list(session.run_all(requests))
+        for item in rounds:
+            together[item.request] += item.tokens
+        assert max(r.shared for r in rounds) == 3
+        alone = {r.id: [t for item in session.run(r, plain=True) for t in item.tokens] for r in requests}
+    assert together == alone
 
 
 def test_a_second_turn_computes_only_what_is_new(files: Path) -> None:
@@ -127,8 +142,6 @@ class TestWrongDrafters:
             Session.open(options(files, str(tiny_gguf(files / "other.gguf"))))
 
     def test_a_drafter_of_another_target(self, files: Path, tmp_path: Path) -> None:
-        from dataclasses import replace
-
         other = tiny_drafter(tmp_path / "other", replace(DRAFTER, num_target_layers=9, target_layer_ids=(0, 2, 7)))
         with pytest.raises(PairMismatch, match="layer 7"):
             Session.open(options(files, str(other)))
