@@ -13,7 +13,7 @@ from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.engine.auto import AutoSchedule
 from dspark_cli.engine.beliefs import Belief
-from dspark_cli.engine.costs import CostModel
+from dspark_cli.engine.costs import CostModel, Curve
 from dspark_cli.engine.guard import LOOK_AFTER, LOOK_SHARE, TRIAL_SHARE, Guard
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off, Outcome, Schedule
@@ -255,6 +255,21 @@ class TestLookupBeside:
         assert len(by_lookup) > 0.8 * len(later)
         assert fmean(len(r.tokens) for r in by_lookup) > 4
         assert sum(r.times.draft for r in by_lookup) == 0
+
+    def test_lookup_that_failed_on_the_last_text_soon_drafts_again_beside_a_model_that_pays(self) -> None:
+        """Its guard counts the promising matches that it kept back, also while the model's passes go on."""
+        schedule = AutoSchedule(CostModel(Curve(FLAT), draft=Curve({4: 2.0})))
+        schedule.pass_guard.active, schedule.pass_guard._probing = True, False
+        schedule._now.judged, schedule._now.promise = True, 0.5
+        schedule.quick_guard.park(0.4, "observed")
+        schedule.quick_guard._left = schedule.quick_guard._wait = 300
+        schedule.begin(1)
+        copied = Draft(np.arange(8), np.full(8, 0.97, np.float32), None, "lookup")
+        asked = []
+        for _ in range(6):
+            blocks = schedule.block([8], 100.0)
+            asked.append(schedule.passes(blocks, [copied])[0])
+        assert asked == [8, 8, 8, 8, 0, 0]
 
     def test_with_the_model_parked_lookup_still_drafts(self) -> None:
         later = self.run(steady(0.02, 0.6), repeats=True)[15:]

@@ -98,6 +98,7 @@ class AutoSchedule(Schedule):
     def begin(self, requests: int) -> None:
         if requests == 1:
             self._regime(1).pass_guard.hasten()
+            self._regime(1).quick_guard.renew()
 
     def limit(self, room: int, requests: int) -> int:
         self._room = room
@@ -146,10 +147,12 @@ class AutoSchedule(Schedule):
 
     def _beats(self, quick: Draft, block: int, promise: float | None) -> bool:
         """Whether a quick draft gains more than the pass does on average (`promise`, its cost taken off)."""
-        if not self.quick_guard.active:
-            return False
         gain = self._plan.gain(self._beliefs([quick])[0][0])
-        return gain > 0 and (likely(quick, block) if promise is None else gain >= promise)
+        beats = gain > 0 and (likely(quick, block) if promise is None else gain >= promise)
+        if beats and not self.quick_guard.active:
+            self.quick_guard.skipped()
+            return False
+        return beats
 
     def _judge_by_what_is_known(self, block: int) -> None:
         """Before the first pass for so many requests: what earlier runs of this drafter saw, or the drafts of this one, may say

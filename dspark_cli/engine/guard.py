@@ -84,6 +84,11 @@ class Guard:
         if self.hopeful and self._waited >= self._price / LOOK_SHARE:
             self._left = min(self._left, LOOK_AFTER)
 
+    def renew(self) -> None:
+        """Another text begins, and what was lost on the last one says little about it: as after a first failure."""
+        self._wait = self.first_wait
+        self._left = min(self._left, self.first_wait)
+
     def observe(self, expected: float, observed: float, cost: float, *, spent: float | None = None) -> None:
         """A speculating round cost as much as `cost` plain tokens; it promised `expected` tokens and brought `observed`.
 
