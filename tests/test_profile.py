@@ -188,6 +188,31 @@ def test_a_machine_too_slow_to_time_passes_twice_is_not_called_busy(monkeypatch:
     assert notices[1:] == ["not every pass could be timed twice: this measurement is not kept"]
 
 
+class ReplayingTarget(TimedTarget):
+    """libllama on a GPU: the first two passes of another shape than before are launched kernel by kernel."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.info = replace(self.info, backend="llamacpp", device="gpu")
+        self._shape, self._same = 0, 0
+
+    def step(self, rows: list[Row]) -> list[RowOutput]:  # type: ignore[override]
+        shape = sum(len(r.tokens) for r in rows)
+        self._same = self._same + 1 if shape == self._shape else 0
+        self._shape = shape
+        if self._same < 2:
+            self.clock.spend(9.0)
+            self.native_ms += 9.0
+        return super().step(rows)
+
+
+def test_on_a_gpu_passes_are_timed_as_they_are_replayed() -> None:
+    target, drafter, clock = pair(kind=ReplayingTarget)
+    costs = measure(target, drafter, seconds=8.0, clock=clock).costs()
+    for tokens in (1, 2, 4, 5):
+        assert costs.verify_ms(1, 32, 8)[tokens] == pytest.approx(JAGGED[tokens], rel=0.1)
+
+
 class RecordingTarget(TimedTarget):
     """Records a pass when its shape first comes, which takes 150 ms more, and replays it from then on."""
 

@@ -27,6 +27,9 @@ from dspark_cli.engine.costs import CostModel, Curve
 
 SCHEMA = "dspark-profile/2"
 BUDGET_S = 4.0
+SETTLING = (
+    2  # passes of a shape on a GPU before one is timed: libllama replays recorded passes only while the shape stays
+)
 REPEATS = 3  # fewest repetitions of a finished profile
 MOST_REPEATS = 7
 WIDE = 0.2  # quartiles further apart than this share of the median: the machine is busy, the profile is not kept
@@ -195,6 +198,7 @@ class _Bench:
         self.widest = min((drafter.block_size if drafter else 0) + 1, target.max_rows)
         self.pass_block = drafter.pass_block if drafter is not None and drafter.has_pass else 0
         self._sequences = min(SEVERAL, target.info.n_seq) if self.pass_block else 1
+        self._settling = SETTLING if target.info.backend == "llamacpp" and target.info.device != "cpu" else 0
 
     def widths(self) -> list[int]:
         """Tokens per pass worth measuring, most telling first; with several sequences also what all of them may need."""
@@ -288,6 +292,8 @@ class _Bench:
             for job in jobs if repeat % 2 == 0 else list(reversed(jobs)):
                 if self.clock() >= until:
                     return
+                for _ in range(self._settling):
+                    self.run(job)
                 profile.add(job, self.run(job))
                 self.tell()
 

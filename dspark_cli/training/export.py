@@ -82,8 +82,8 @@ def card(name: str, recipe: dict[str, Any], evaluation: dict[str, Any], curve: S
         "",
         f"{shape['layers']} layer(s), block {shape['block']}, rank {shape['rank']}, draft vocabulary {shape['vocabulary']}"
         f" ({recipe['coverage']:.1%} of the answer tokens), {recipe['parameters'] / 1e6:.1f}M trained parameters.",
-        f"Trained for {recipe['train_hours']:.2f} hours ({recipe['device']}) on {recipe['tokens']:,} tokens that the target wrote "
-        f"itself; {recipe['positions']:,} anchors seen. No other text was used."
+        f"Trained for {recipe['train_hours']:.2f} hours ({recipe['device']}) on {recipe['tokens']:,} tokens that the target "
+        f"wrote itself; {recipe['positions']:,} anchors seen. No other text was used."
         + (f" {recipe['made']}" if "made" in recipe else ""),
         "",
         f"Held-out documents (none of them in training), every drafted token verified, {evaluation['target_format']} target:",
