@@ -26,6 +26,7 @@ FADE = 0.98  # the recent past that a round's rate is counted with: about 50 rou
 TRIAL = 2  # tokens of a sampled draft that a trial verifies at most (a deterministic one is watched, none is verified)
 WATCHED = 2  # requests whose drafts a trial watches at most: the features of each must go in first
 AFTER_PARKING = 0.7  # how much of what was learned of a drafter still counts at a probe
+NEW_TEXT = 0.3  # the same where another text begins, for a drafter that is known to suit some
 ENOUGH = 8  # drafts seen before the block to draft is chosen by them
 REVIEW = 32  # rounds between two choices of the block to draft
 MARGINAL = 1.15  # a gain below this may be a wrong cost of plain decoding: ...
@@ -97,8 +98,11 @@ class AutoSchedule(Schedule):
 
     def begin(self, requests: int) -> None:
         if requests == 1:
-            self._regime(1).pass_guard.hasten()
-            self._regime(1).quick_guard.renew()
+            regime = self._regime(1)
+            regime.pass_guard.hasten()
+            regime.quick_guard.renew()
+            if regime.pass_guard.hopeful:
+                self._fade(NEW_TEXT)
 
     def limit(self, room: int, requests: int) -> int:
         self._room = room
@@ -366,8 +370,11 @@ class AutoSchedule(Schedule):
         parked = not self.pass_guard.active
         self.pass_guard.skipped()
         if parked and self.pass_guard.active:  # a probe is due: text may have changed since the drafter was last seen
-            for source in self._pass_sources:
-                self._belief(source).platt.fade(AFTER_PARKING)
+            self._fade(AFTER_PARKING)
+
+    def _fade(self, share: float) -> None:
+        for source in self._pass_sources:
+            self._belief(source).platt.fade(share)
 
     def _learn(self, judged: Sequence[tuple[Outcome, Array]]) -> None:
         """Outcomes with the logits they were judged by."""
