@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
+from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dspark_cli.backends.base import DsparkError, PairMismatch  # noqa: E402
@@ -109,6 +110,22 @@ def test_offsets_are_written_and_absolute_ids_kept(tmp_path: Path) -> None:
     save_drafter(model, tmp_path)
     assert load_file(tmp_path / "model.safetensors")["d2t"].tolist() == [5, 5, 28]
     assert load_drafter(tmp_path).d2t.tolist() == [5, 6, 30]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors reports a full disk in an error of its own."""
+
+    def full(_: object, path: Path, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("dspark_cli.backends.torch.export.save_file", full)
+    with pytest.raises(DsparkError, match=r"draft cannot be written: .*No space left on device"):
+        save_drafter(random_model(TINY), tmp_path / "draft")
+    assert not list((tmp_path / "draft").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(DsparkError, match=r"file cannot be written: File exists"):
+        save_drafter(random_model(TINY), tmp_path / "file")
 
 
 def test_sharded_weights(folder: Path) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Collection
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from dspark_cli.backends.errors import DsparkError
 from dspark_cli.backends.torch.config import DrafterConfig
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
@@ -23,7 +26,7 @@ from dspark_cli.backends.torch.eagle3 import Eagle3
 def save_drafter(
     model: DSpark | Eagle3, folder: Path, *, dtype: torch.dtype = torch.float32, without: Collection[str] = ()
 ) -> None:
-    """Write `model` to `folder`. Each file appears whole or not at all.
+    """Write `model` to `folder`. Each file appears whole or not at all. Raises DsparkError when the disk refuses.
 
     without: keys to leave out ("embed_tokens.weight", "lm_head.weight"): the loader borrows them from the target.
     """
@@ -34,14 +37,19 @@ def save_drafter(
     tied = weights.get("lm_head.weight")
     if tied is not None and tied.data_ptr() == weights.get("embed_tokens.weight", tied[:0]).data_ptr():
         weights["lm_head.weight"] = tied.clone()  # the format knows no shared memory, and published drafters hold both
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "model.safetensors.part"
-    save_file({key: value.contiguous() for key, value in weights.items()}, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / "model.safetensors")
     text = json.dumps(deepspec_json(model.config, dtype), indent=2, sort_keys=True)
-    partial = folder / "config.json.part"
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, folder / "config.json")
+    partial = folder / "model.safetensors.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in weights.items()}, partial, metadata={"format": "pt"})
+        os.replace(partial, folder / "model.safetensors")
+        partial = folder / "config.json.part"
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, folder / "config.json")
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise DsparkError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def deepspec_json(config: DrafterConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
