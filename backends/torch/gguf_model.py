@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark_cli.backends.errors import DsparkError
+from dspark_cli.backends.llamacpp.header import read_header
 from dspark_cli.backends.torch.config import DrafterConfig
 from dspark_cli.backends.torch.layers import Attend, DecoderLayer, RMSNorm, Rope, Rotary, attention
 
@@ -137,16 +138,28 @@ class Columns:
         self._origin += dead
 
 
+def untranslated(path: Path) -> str:
+    """Why torch cannot run the GGUF at `path` as llama.cpp does; "" if it can."""
+    header = read_header(path)
+    if header.architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        return f"{path.name} is of architecture {header.architecture!r}; torch opens GGUF files of {known}"
+    if (scaling := header.of_model("rope.scaling.type") or "none") != "none":
+        return f"torch cannot open GGUF files with rope scaling {scaling!r} yet"
+    # A table of rotary factors, biases, experts: left out, the numbers would be those of another model.
+    unknown = sorted(name for name in header.tensors if not _name(name))
+    return f"{path.name} has {', '.join(unknown[:3])}, which torch does not run" if unknown else ""
+
+
 def load_gguf_model(path: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> GgufModel:
-    """The target in `path`, dequantized to `dtype`. Raises DsparkError for an architecture that is not of these blocks."""
+    """The target in `path`, dequantized to `dtype`. Raises DsparkError for one that is not of these blocks alone."""
     import gguf
 
+    if reason := untranslated(path):
+        raise DsparkError(reason, hint="llama.cpp runs the file as it is")
     reader = gguf.GGUFReader(path)
     meta = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-    arch = str(meta.get("general.architecture"))
-    if arch not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise DsparkError(f"{path.name} is of architecture {arch!r}; torch opens GGUF files of {known}")
+    arch = str(meta["general.architecture"])
     arrays = {t.name: t for t in reader.tensors}
     config = _config(meta, arch, int(arrays["token_embd.weight"].shape[1]))
     with torch.device("meta"):
@@ -167,8 +180,6 @@ def _config(meta: dict[str, Any], arch: str, n_vocab: int) -> DrafterConfig:
         return meta.get(f"{arch}.{key}", default)
 
     hidden, heads = value("embedding_length"), value("attention.head_count")
-    if (value("rope.scaling.type") or "none") != "none":
-        raise DsparkError(f"torch cannot open GGUF files with rope scaling {value('rope.scaling.type')!r} yet")
     return DrafterConfig(
         kind="target",
         family="qwen3",
@@ -199,8 +210,8 @@ def _name(gguf_name: str) -> str:
     }
     if not gguf_name.startswith("blk."):
         return fixed.get(gguf_name, "")
-    _, number, what, _ = gguf_name.split(".")
-    return f"layers.{number}.{_LAYER_NAMES[what]}.weight" if what in _LAYER_NAMES else ""
+    _, number, what, *kind = gguf_name.split(".")
+    return f"layers.{number}.{_LAYER_NAMES[what]}.weight" if what in _LAYER_NAMES and kind == ["weight"] else ""
 
 
 def _weight(tensor: Any, name: str, config: DrafterConfig, paired: bool) -> Tensor:

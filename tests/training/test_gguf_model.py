@@ -11,7 +11,7 @@ import torch
 from dspark_cli.backends.base import DsparkError, Row
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
-from dspark_cli.backends.torch.gguf_model import Columns, load_gguf_model
+from dspark_cli.backends.torch.gguf_model import Columns, load_gguf_model, untranslated
 from dspark_cli.training.documents import Document
 from dspark_cli.training.features import LlamaCppReader, Thoughts, TorchReader
 
@@ -84,3 +84,18 @@ def test_other_architectures_are_refused(tmp_path: Path, tiny_target: Path) -> N
     other.write_bytes(tiny_target.read_bytes().replace(b"llama", b"gemma", 1))
     with pytest.raises(DsparkError, match=r"architecture 'gemma'; torch opens GGUF files of llama, qwen3"):
         load_gguf_model(other)
+
+
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "blk.0.attn_q.bias", "blk.0.ffn_gate_exps.weight"])
+def test_what_torch_would_leave_out_is_refused(tiny_target: Path, tmp_path: Path, name: str) -> None:
+    """Llama 3's table of rotary factors, biases, experts: without them the features would be another model's."""
+    other = tmp_path / "other.gguf"
+    known = b"blk.0.ffn_gate.weight" if len(name) > 20 else b"output_norm.weight"  # another name of the same length
+    written = name.encode().ljust(len(known), b"_")[: len(known)]
+    data = tiny_target.read_bytes()
+    assert known in data
+    other.write_bytes(data.replace(known, written, 1))
+    assert f"has {written.decode()}" in untranslated(other)
+    with pytest.raises(DsparkError, match="which torch does not run"):
+        load_gguf_model(other)
+    assert untranslated(tiny_target) == ""
