@@ -80,7 +80,7 @@ def train(
     work = work or _work_folder(name, drafter)
     out = out or work / f"{name}-{drafter}{'.gguf' if drafter != 'eagle3' and head == 'vanilla' else ''}"
 
-    from dspark_cli.training.pipeline import Clock, OutOfTime, Pipeline, Recipe, import_documents
+    from dspark_cli.training.pipeline import Clock, OutOfTime, Pipeline, Recipe, import_documents, kept
     from dspark_cli.training.process import prepare_process
 
     prepare_process(threads)
@@ -88,11 +88,12 @@ def train(
         name, drafter, layers, block, rank, vocab, head, hours, tokens, through, (), str(prompts or ""), seed
     )
     with _Bars(recipe) as bars:
-        pipeline = Pipeline(target, work, recipe, bars, clock=Clock(max_hours))
-        if documents and not pipeline.documents.exists():
-            import_documents(documents, pipeline.documents)
         try:
-            made = pipeline.run(out, formats=formats, command=_command(), start=from_)
+            with kept(work):
+                pipeline = Pipeline(target, work, recipe, bars, clock=Clock(max_hours))
+                if documents and not pipeline.documents.exists():
+                    import_documents(documents, pipeline.documents, pipeline.n_vocab)
+                made = pipeline.run(out, formats=formats, command=_command(), start=from_)
         except (OutOfTime, KeyboardInterrupt) as stopped:
             why = f"after --max-hours {max_hours:g}" if isinstance(stopped, OutOfTime) else "by Ctrl-C"
             bars.say(f"stopped {why}; {work} is kept: the same command goes on")

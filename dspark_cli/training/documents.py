@@ -26,6 +26,13 @@ class Document:
         return hashlib.sha256(prompt.encode()).digest()[0] < 8
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file whole or not at all: a run may be killed at any moment."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def read_documents(path: Path) -> Iterator[Document]:
     """Documents of a .jsonl file (`ids`, `answer_start`, `temperature`). A torn last line is left out."""
     with path.open(encoding="utf-8") as file:

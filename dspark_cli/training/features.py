@@ -23,7 +23,7 @@ import numpy as np
 
 from dspark_cli.backends.base import DsparkError, FloatArray, Row
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
-from dspark_cli.training.documents import Document
+from dspark_cli.training.documents import Document, write_whole
 
 LARGEST = 65504.0  # of float16: some models have a few activations beyond it
 AT_ONCE = 16  # documents that torch reads in one pass
@@ -128,7 +128,7 @@ class FeatureCache:
         path = folder / "meta.json"
         if path.exists() and (found := json.loads(path.read_text())) != meta:
             raise DsparkError(f"{folder} holds features of {found}, not of {meta}", hint="another --work folder")
-        path.write_text(json.dumps(meta))
+        write_whole(path, json.dumps(meta))
         self._repair()
 
     @property
@@ -149,14 +149,23 @@ class FeatureCache:
         }
 
     def _repair(self) -> None:
-        """Cut what a killed run left after the last whole document."""
+        """Cut what a killed run left after the last whole document; after a power cut the index may be ahead of the data."""
         index = self.folder / "index.jsonl"
-        if index.exists() and (text := index.read_text()) and not text.endswith("\n"):
-            index.write_text(text[: text.rfind("\n") + 1])
+        if index.exists():
+            lines = [line for line in index.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            stored = min(self._stored(name) for name in self._widths())
+            ends = (end["start"] + end["length"] for end in map(json.loads, lines))
+            write_whole(index, "".join(line for line, end in zip(lines, ends, strict=True) if end <= stored))
         end = self.tokens
         for name, (dtype, width) in self._widths().items():
             with (self.folder / name).open("ab") as file:
                 file.truncate(end * width * np.dtype(dtype).itemsize)
+
+    def _stored(self, name: str) -> int:
+        """Tokens that an array really holds."""
+        dtype, width = self._widths()[name]
+        path = self.folder / name
+        return path.stat().st_size // (width * np.dtype(dtype).itemsize) if path.exists() else 0
 
     def array(self, name: str) -> Any:
         """A memory map of one of the arrays, [N, width]; empty while nothing is stored."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,23 +21,25 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dspark_cli.backends.base import DsparkError
+from dspark_cli.backends.base import BadInput, DsparkError, NotReady
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.header import read_header
 from dspark_cli.backends.llamacpp.quants import Formats
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
+from dspark_cli.backends.pairing import gguf_target
 from dspark_cli.backends.torch.checkpoint import build, load_drafter
 from dspark_cli.backends.torch.config import DrafterConfig
+from dspark_cli.backends.torch.devices import is_out_of_memory
 from dspark_cli.backends.torch.drafter import make_drafter
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
 from dspark_cli.backends.torch.gguf_drafter import load_gguf_drafter, target_norm, target_tables
-from dspark_cli.backends.torch.gguf_model import ARCHITECTURES, Columns, load_gguf_model
+from dspark_cli.backends.torch.gguf_model import Columns, load_gguf_model, untranslated
 from dspark_cli.registry.plan import size
 from dspark_cli.training.confidence import fit_confidence
 from dspark_cli.training.corpus import Corpus, TargetHead, covered, draft_vocabulary
 from dspark_cli.training.device import device_name, quick_bfloat16, training_device
-from dspark_cli.training.documents import Document, append_documents, read_documents
+from dspark_cli.training.documents import Document, append_documents, read_documents, write_whole
 from dspark_cli.training.evaluate import evaluate
 from dspark_cli.training.export import Exported, write_companions, write_drafter
 from dspark_cli.training.features import FeatureCache, LlamaCppReader, Reader, TorchReader, bytes_per_token
@@ -115,6 +117,7 @@ class Pipeline:
         self._keep_recipe()
         header = read_header(target)
         self.n_layer, self.width = int(header.of_model("block_count")), int(header.of_model("embedding_length"))
+        self.n_vocab = gguf_target(header, target.name).n_vocab
         self.layers = recipe.features or spread_layers(self.n_layer)
         self.n_ctx = int(header.of_model("context_length", 4096))
 
@@ -127,7 +130,7 @@ class Pipeline:
             if changed:
                 what = ", ".join(f"{k} {found.get(k)!r}, now {mine[k]!r}" for k in changed)
                 raise DsparkError(f"{self.work} was begun with another recipe: {what}", hint="another --work folder")
-        path.write_text(json.dumps(mine, indent=1) + "\n")
+        write_whole(path, json.dumps(mine, indent=1) + "\n")
 
     def run(self, out: Path, *, formats: Formats, command: str, start: Path | None = None) -> Exported:
         """All stages. Raises OutOfTime when the clock says so, DsparkError for what cannot be done."""
@@ -201,8 +204,7 @@ class Pipeline:
         return _whole_prompts([target.tokenizer.encode(line) for line in lines], seed)
 
     def _torch_is_quick(self) -> bool:
-        arch = read_header(self.target).architecture
-        return arch in ARCHITECTURES and quick_bfloat16(training_device())
+        return not untranslated(self.target) and quick_bfloat16(training_device())
 
     # -- features --------------------------------------------------------------------------------------------------
 
@@ -331,7 +333,7 @@ class Pipeline:
         else:
             always = [int(read_header(self.target).metadata.get("tokenizer.ggml.eos_token_id", 0))]
             ids = draft_vocabulary(corpus, self.recipe.vocabulary, n_vocab, always)
-        path.write_text(json.dumps({"ids": ids.tolist()}))
+        write_whole(path, json.dumps({"ids": ids.tolist()}))
         return ids, covered(corpus, ids)  # of the texts there are now: more may have come
 
     def _config(self, draft_vocab: int, n_vocab: int) -> DrafterConfig:
@@ -372,6 +374,7 @@ class Pipeline:
             "acceptance": [round(x, 4) for x in rates],
             "expected_tau": round(1 + float(np.cumprod(rates).sum()), 4),
         }
+        _drop_torn_line(self.work / "curve.jsonl")
         with (self.work / "curve.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -472,6 +475,9 @@ def _take_over(model: DSpark | Eagle3, start: Path, target: Path) -> None:
         "num_layers",
         "block_size",
         "markov_rank",
+        "markov_head_type",
+        "confidence_head",
+        "intermediate_size",
         "draft_vocab_size",
         "target_layer_ids",
         "num_kv_heads",
@@ -479,6 +485,10 @@ def _take_over(model: DSpark | Eagle3, start: Path, target: Path) -> None:
         mine, theirs = getattr(model.config, field_name), getattr(old.config, field_name)
         if mine != theirs:
             raise DsparkError(f"--from {start.name}: its {field_name} is {theirs}, asked for is {mine}")
+    if model.d2t is not None and old.d2t is not None and not torch.equal(model.d2t, old.d2t):
+        raise DsparkError(
+            f"--from {start.name}: it drafts other tokens than this training", hint="another --work folder"
+        )
     model.load_state_dict(old.state_dict())
 
 
@@ -486,6 +496,26 @@ def _drop_torn_line(path: Path) -> None:
     """A killed run may leave half a line behind."""
     if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
         path.write_bytes(data[: data.rfind(b"\n") + 1])
+
+
+@contextmanager
+def kept(work: Path) -> Iterator[None]:
+    """Memory or disk that runs out in a stage, in one sentence: what the stages wrote is there for the next run."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise DsparkError(
+            f"{where}{error.strerror or error}; {work} is kept", hint="make room and run it again: it goes on"
+        ) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).strip().splitlines() or ["out of memory"]
+        raise NotReady(
+            f"training needs more memory than there is ({said[0]}); {work} is kept",
+            hint="a smaller --vocab or --block with another --work folder and --documents of this one",
+        ) from None
 
 
 def fitting(each: int, most: int) -> int:
@@ -496,12 +526,22 @@ def fitting(each: int, most: int) -> int:
     return max(1, min(most, free // 3 // max(1, each)))
 
 
-def import_documents(files: Iterable[Path], into: Path, on_done: Callable[[int], None] = lambda n: None) -> int:
-    """Copy documents of other files (same target, same tokenizer) into `into`; returns how many."""
-    count = 0
+def import_documents(files: Iterable[Path], into: Path, n_vocab: int) -> int:
+    """Copy documents of other files (same target, same tokenizer) to `into`, all or none; returns how many."""
+    found: list[Document] = []
     for path in files:
-        documents = list(read_documents(path))
-        append_documents(into, documents)
-        count += len(documents)
-        on_done(len(documents))
-    return count
+        if not path.is_file():
+            raise BadInput(f"{path} is no file")
+        for number, document in enumerate(read_documents(path), start=1):
+            if not all(isinstance(i, int) and 0 <= i < n_vocab for i in document.ids):
+                raise BadInput(f"{path}, line {number}: ids that are none of the target's {n_vocab} tokens")
+            if not 0 < document.answer_start <= len(document.ids):
+                raise BadInput(
+                    f"{path}, line {number}: answer_start {document.answer_start} of {len(document.ids)} ids"
+                )
+            found.append(document)
+    part = into.with_name(into.name + ".part")
+    part.unlink(missing_ok=True)
+    append_documents(part, found)
+    part.replace(into)
+    return len(found)

@@ -30,6 +30,7 @@ from dspark_cli.training.corpus import Corpus, covered, draft_vocabulary
 from dspark_cli.training.documents import Document, append_documents, read_documents
 from dspark_cli.training.features import FeatureCache, TorchReader
 from dspark_cli.training.pipeline import spread_layers
+from dspark_cli.training.trainer import Trainer
 
 NEAR_TIE = 0.01  # logits of float32 weights: sums in another order
 ARGUMENTS = [
@@ -214,6 +215,23 @@ def test_a_full_disk_keeps_what_was_finished(
     assert again.array("features.f16").shape == (sum(len(d.ids) for d in documents), 64)
 
 
+def test_an_index_ahead_of_its_data_is_cut(tiny_target: Path, tmp_path: Path) -> None:
+    """After a power cut: lines of the index are there, the features they speak of are not."""
+    from dspark_cli.backends.torch.gguf_model import load_gguf_model
+
+    documents = [Document(tuple(range(100, 130 + n)), 5, 0.0) for n in range(3)]
+    reader = TorchReader(load_gguf_model(tiny_target))
+    FeatureCache(tmp_path, target="t", layers=(1,), width=64).append(reader, documents, lambda n: None)
+    whole = (tmp_path / "features.f16").read_bytes()
+    (tmp_path / "features.f16").write_bytes(whole[:-300])
+    cache = FeatureCache(tmp_path, target="t", layers=(1,), width=64)
+    assert cache.tokens == 30 + 31
+    cache.append(reader, documents, lambda n: None)
+    assert [s.length for s in cache.stretches] == [30, 31, 32]
+    assert (tmp_path / "features.f16").stat().st_size == len(whole)
+    assert np.abs(cache.array("features.f16")[-1]).max() > 0
+
+
 def test_too_little_disk_is_said_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
@@ -261,6 +279,62 @@ def test_nonsense_is_refused_before_anything_is_made(
     assert result.exit_code in (1, 2)
     assert message in result.output
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"ids": [1, 2, 60000, 4], "answer_start": 2}', "line 2: ids that are none of the target's 49152 tokens"),
+        ('{"ids": [1, 2, -3, 4], "answer_start": 2}', "line 2: ids that are none"),
+        ('{"ids": [1, 2, 3, 4], "answer_start": 9}', "line 2: answer_start 9 of 4 ids"),
+        ('{"ids": 7}', "line 2: not a document"),
+    ],
+)
+def test_documents_that_are_none_of_this_target_leave_nothing_behind(
+    tiny_target: Path, tmp_path: Path, line: str, message: str
+) -> None:
+    given, work = tmp_path / "given.jsonl", tmp_path / "work"
+    given.write_text('{"ids": [1, 2, 3, 4], "answer_start": 2}\n' + line + "\n")
+    result = train(tiny_target, work, "--documents", str(given))
+    assert result.exit_code in (1, 2)  # type: ignore[attr-defined]
+    assert message in result.output.replace("\n", "")  # type: ignore[attr-defined]
+    assert not (work / "documents.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), 3, "more memory than there is"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 3, "more memory than there is"),
+        (OSError(28, "No space left on device", "checkpoint.tmp"), 1, "checkpoint.tmp: No space left on device"),
+    ],
+)
+def test_memory_and_disk_that_run_out_in_training_are_said_and_the_work_is_kept(
+    tiny_target: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    code: int,
+    message: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Trainer, "step", fail)
+    work = tmp_path / "work"
+    result = train(tiny_target, work, "--documents", str(trained / "documents.jsonl"))
+    assert result.exit_code == code  # type: ignore[attr-defined]
+    assert message in result.output  # type: ignore[attr-defined]
+    assert "work is kept" in result.output.replace("\n", "")  # type: ignore[attr-defined]
+    assert FeatureCache(work / "features", target=tiny_target.name, layers=(1, 2), width=64).tokens >= 12_000
+
+
+def test_a_drafter_with_another_head_is_no_beginning(tiny_target: Path, trained: Path, tmp_path: Path) -> None:
+    arguments = ["--head", "gated", "--documents", str(trained / "documents.jsonl"), "--from", str(trained / "d.gguf")]
+    result = train(tiny_target, tmp_path / "work", *arguments)
+    assert result.exit_code == 1  # type: ignore[attr-defined]
+    assert "its markov_head_type is vanilla, asked for is gated" in result.output  # type: ignore[attr-defined]
 
 
 def test_prompts_of_the_user_open_the_user_turns(tiny_target: Path, tmp_path: Path) -> None:
