@@ -152,10 +152,13 @@ class FeatureCache:
         """Cut what a killed run left after the last whole document; after a power cut the index may be ahead of the data."""
         index = self.folder / "index.jsonl"
         if index.exists():
-            lines = [line for line in index.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            text = index.read_text()
+            lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
             stored = min(self._stored(name) for name in self._widths())
             ends = (end["start"] + end["length"] for end in map(json.loads, lines))
-            write_whole(index, "".join(line for line, end in zip(lines, ends, strict=True) if end <= stored))
+            good = "".join(line for line, end in zip(lines, ends, strict=True) if end <= stored)
+            if good != text:
+                write_whole(index, good)
         end = self.tokens
         for name, (dtype, width) in self._widths().items():
             with (self.folder / name).open("ab") as file:
