@@ -47,13 +47,16 @@ class Example:
 
 @dataclass(frozen=True)
 class TargetHead:
-    """The target's output rows of the draft vocabulary, float [W, d]."""
+    """The target's output rows of the draft vocabulary, float [W, d]; softcap: its logits are softcap * tanh(x / softcap)."""
 
     rows: Tensor
+    softcap: float | None = None
 
     def probabilities(self, hidden: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
         """(probabilities [..., W] of the draft vocabulary, probability [...] of all other tokens)."""
         logits = torch.nn.functional.linear(hidden.to(self.rows.dtype), self.rows).float()
+        if self.softcap:
+            logits = self.softcap * (logits / self.softcap).tanh()
         probs = (logits - norms.unsqueeze(-1)).exp()
         inside = probs.sum(dim=-1)
         # float16 states and bfloat16 products: a sum a little over 1 is rounding

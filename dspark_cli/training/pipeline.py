@@ -122,9 +122,10 @@ class Pipeline:
         self.n_ctx = int(header.of_model("context_length", 4096))
 
     def _keep_recipe(self) -> None:
-        path, mine = self.work / "recipe.json", json.loads(json.dumps(asdict(self.recipe)))
+        path = self.work / "recipe.json"
+        mine = json.loads(json.dumps(asdict(self.recipe))) | {"file": self.target.name}  # a name may stand for several
         if path.exists():
-            found = json.loads(path.read_text())
+            found = {"file": self.target.name} | json.loads(path.read_text())  # earlier versions did not say
             # Time and text may grow from run to run; the rest makes another drafter.
             changed = [k for k in mine if k not in ("hours", "tokens") and found.get(k) != mine[k]]
             if changed:
@@ -192,7 +193,8 @@ class Pipeline:
         model = load_gguf_model(self.target, dtype=dtype, device=device)
         rows = ROWS
         if device.type == "cuda":
-            rows = fitting(Columns.bytes_per_row(model, options.longest), ROWS_AT_MOST)
+            most = rows_for(self.recipe.tokens, options.longest)
+            rows = fitting(Columns.bytes_per_row(model, options.longest), most)
         return BatchWriter(model, frame, first_words, options, rows).documents()
 
     def _first_words(self, target: LlamaCppTarget, seed: int) -> Iterator[list[int]]:
@@ -315,7 +317,8 @@ class Pipeline:
             corpus.together > 1
         ):  # an accelerator: a pass of many documents, each position an anchor, and rows cost little
             options = replace(options, documents=corpus.together, anchors=512, short_share=0.1)
-        trainer = Trainer(model, TargetHead(head.to(training_device())), options)
+        softcap = read_header(self.target).of_model("final_logit_softcapping")
+        trainer = Trainer(model, TargetHead(head.to(training_device()), softcap), options)
         if self.checkpoint.exists():
             trainer.resume(self.checkpoint)
         return trainer, coverage
@@ -516,6 +519,11 @@ def kept(work: Path) -> Iterator[None]:
             f"training needs more memory than there is ({said[0]}); {work} is kept",
             hint="a smaller --vocab or --block with another --work folder and --documents of this one",
         ) from None
+
+
+def rows_for(tokens: int, longest: int) -> int:
+    """Texts to write at once for `tokens` in all: each row writes several, for what is finished first is short."""
+    return min(ROWS_AT_MOST, max(ROWS, tokens // (4 * longest)))
 
 
 def fitting(each: int, most: int) -> int:

@@ -20,6 +20,7 @@ SHARPNESS = 2.0  # of the newest row's score: norm weights of queries and keys
 NEWEST_SHARE = 2 / 3  # of the heads of the first layer
 QUICK_PAIRS = 8  # rotary pairs that carry the preference
 OTHER_LAYERS = 0.3  # weight of the earlier target layers in the fused row, next to the last
+PAIRS_OF = 16384  # tokens whose pairs are counted, the most frequent ones: a matrix of all would be 10 GB of 49k tokens
 SMOOTHING = 20.0  # a token's followers count against this many draws from the whole text
 
 
@@ -100,6 +101,12 @@ def _begin_pairs(model: DSpark, corpus: Corpus) -> None:
     if config.markov_head_type != "vanilla":
         return
     ids = torch.arange(config.vocab_size) if model.d2t is None else model.d2t
+    rows = torch.arange(len(ids))
+    if len(ids) > PAIRS_OF:
+        seen = np.concatenate(list(corpus.answers())).astype(np.int64)
+        often = torch.from_numpy(np.bincount(seen, minlength=config.vocab_size))[ids]
+        rows = often.sort(descending=True, stable=True).indices[:PAIRS_OF]
+        ids = ids[rows]
     t2d = torch.full((config.vocab_size,), -1, dtype=torch.int64)
     t2d[ids] = torch.arange(len(ids))
     counts = torch.zeros(len(ids), len(ids))
@@ -113,4 +120,5 @@ def _begin_pairs(model: DSpark, corpus: Corpus) -> None:
     left, scale, right = torch.svd_lowrank(lift, q=head.rank, niter=2)
     head.markov_w1.weight.zero_()
     head.markov_w1.weight[ids] = left * scale.sqrt()
-    head.markov_w2.weight.copy_(right * scale.sqrt())
+    head.markov_w2.weight.zero_()
+    head.markov_w2.weight[rows] = right * scale.sqrt()

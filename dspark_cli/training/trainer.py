@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import pickle
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from dspark_cli.backends.errors import DsparkError
 from dspark_cli.backends.torch.anchors import TrainingOutput
+from dspark_cli.backends.torch.devices import is_out_of_memory
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.backends.torch.eagle3 import Eagle3
 from dspark_cli.backends.torch.loss import position_weights
@@ -202,13 +204,21 @@ class Trainer:
         path.with_suffix(".tmp").replace(path)
 
     def resume(self, path: Path) -> None:
-        state = torch.load(
-            path, weights_only=True, map_location=self.device
-        )  # tensors and plain containers, never code
-        self.model.load_state_dict(state["model"], strict=False)
-        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-        self.progress = Progress(**state["progress"])
+        """Go on where `path` was saved. Raises DsparkError for a damaged file; what it holds is never run."""
+        try:
+            # tensors and plain containers, never code
+            state = torch.load(path, weights_only=True, map_location=self.device)
+            self.model.load_state_dict(state["model"], strict=False)
+            for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(saved)
+            self.progress = Progress(**state["progress"])
+        except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DsparkError(
+                f"{path} cannot be used: {said}", hint=f"rm {path}: training begins anew, texts and features are kept"
+            ) from None
 
     def run(self, corpus: Corpus, checkpoint: Path, *, save_every_s: float = 120.0) -> Iterator[Progress]:
         """Train to the end of the schedule, saving on the way and at the end; yields after every step."""

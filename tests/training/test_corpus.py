@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from dspark_cli.backends.base import DsparkError
 from dspark_cli.backends.torch.checkpoint import build
 from dspark_cli.backends.torch.config import DrafterConfig
 from dspark_cli.backends.torch.gguf_model import load_gguf_model
+from dspark_cli.training import start
 from dspark_cli.training.corpus import Corpus, Example, TargetHead
 from dspark_cli.training.documents import Document
 from dspark_cli.training.features import FeatureCache, TorchReader
@@ -103,3 +107,49 @@ def test_every_document_comes_once_a_round_and_batches_are_of_like_length(tiny_t
     assert len(set(drawn)) == len(drawn)
     spread = [max(s.length for s in b) - min(s.length for s in b) for b in batches[: 16 * (count // 16)]]
     assert float(np.mean(spread)) < 60, "drawn at random, eight of these lengths are some 230 apart"
+
+
+def test_capped_logits_make_the_targets_probabilities() -> None:
+    """Gemma's final softcapping: the norms are of capped logits, so the rows must be capped too."""
+    torch.manual_seed(0)
+    rows, hidden = torch.randn(50, 8), 4 * torch.randn(3, 8)
+    logits = 5 * (hidden @ rows.T / 5).tanh()
+    probs, outside = TargetHead(rows[:20], 5.0).probabilities(hidden, logits.logsumexp(-1))
+    torch.testing.assert_close(probs, logits.softmax(-1)[:, :20])
+    torch.testing.assert_close(outside, logits.softmax(-1)[:, 20:].sum(-1))
+
+
+def test_pairs_are_counted_of_the_frequent_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of a large vocabulary squared would not fit into memory."""
+    monkeypatch.setattr(start, "PAIRS_OF", 20)
+    random = np.random.default_rng(0)
+    answers = [30 + 3 * random.permutation(10) for _ in range(40)]  # ten tokens, all others never
+    corpus = SimpleNamespace(answers=lambda: iter(answers))
+    model = drafter("dspark", monkeypatch).model
+    model.d2t.copy_(torch.arange(VOCABULARY))
+    with torch.no_grad():
+        start._begin_pairs(model, corpus)  # type: ignore[arg-type]
+    w1, w2 = (head.weight.abs().sum(-1) > 0 for head in (model.markov_head.markov_w1, model.markov_head.markov_w2))
+    for begun in (w1, w2):
+        assert set(range(30, 60, 3)) <= set(begun.nonzero()[:, 0].tolist())
+        assert int(begun.sum()) <= 20
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "pickle", "another"])
+def test_a_damaged_checkpoint_is_said_and_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    path, trainer = tmp_path / "checkpoint.pt", drafter("dspark", monkeypatch)
+    trainer.save(path)
+    trainer.resume(path)
+    data = {"empty": b"", "cut": path.read_bytes()[:-500], "pickle": pickle.dumps(Trap()), "another": b""}[damage]
+    path.write_bytes(data)
+    if damage == "another":
+        torch.save({"weights": 1}, path)
+    with pytest.raises(DsparkError, match=r"checkpoint.pt cannot be used"):
+        trainer.resume(path)
+    assert not (tmp_path / "sprung").exists()

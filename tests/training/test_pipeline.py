@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from dspark_cli.engine.session import first_difference
 from dspark_cli.training.corpus import Corpus, covered, draft_vocabulary
 from dspark_cli.training.documents import Document, append_documents, read_documents
 from dspark_cli.training.features import FeatureCache, TorchReader
-from dspark_cli.training.pipeline import spread_layers
+from dspark_cli.training.pipeline import Pipeline, Recipe, rows_for, spread_layers
 from dspark_cli.training.trainer import Trainer
 
 NEAR_TIE = 0.01  # logits of float32 weights: sums in another order
@@ -141,6 +142,16 @@ def test_another_recipe_needs_another_folder(trained: Path, tiny_target: Path) -
     result = train(tiny_target, trained, "--block", "4")
     assert result.exit_code == 1  # type: ignore[attr-defined]
     assert "block 3, now 4" in result.output  # type: ignore[attr-defined]
+
+
+def test_another_file_of_the_same_name_needs_another_folder(tiny_target: Path, tmp_path: Path) -> None:
+    """`--quant` chooses among the files of one model."""
+    recipe = Recipe("tiny")
+    Pipeline(tiny_target, tmp_path / "work", recipe, SimpleNamespace())  # type: ignore[arg-type]
+    other = tmp_path / "tiny.Q8_0.gguf"
+    other.write_bytes(tiny_target.read_bytes())
+    with pytest.raises(DsparkError, match=r"file 'tiny.F32.gguf', now 'tiny.Q8_0.gguf'"):
+        Pipeline(other, tmp_path / "work", recipe, SimpleNamespace())  # type: ignore[arg-type]
 
 
 def test_on_an_accelerator_nothing_is_stored_and_the_target_reads_along_the_way(
@@ -348,6 +359,13 @@ def test_prompts_of_the_user_open_the_user_turns(tiny_target: Path, tmp_path: Pa
         texts = [target.tokenizer.decode(d.ids) for d in read_documents(work / "documents.jsonl")]
     assert texts
     assert all("Why is the sky blue?" in t or "Name three rivers." in t for t in texts)
+
+
+def test_a_short_order_is_not_written_by_more_rows_than_it_has_texts() -> None:
+    """Of 2048 texts begun at once, the first 500 000 tokens that are finished would be the short ones."""
+    assert rows_for(8_300_000, 566) == 2048
+    assert 256 <= rows_for(500_000, 566) < 500_000 / 566
+    assert rows_for(1000, 566) == 256
 
 
 def test_layers_are_spread_over_what_can_be_read() -> None:
