@@ -26,12 +26,8 @@ def convert(
         ),
     ] = None,
     format: Annotated[str, typer.Option("--format", help="Of the matrices in a GGUF file.")] = "F16",
-    vocab_format: Annotated[
-        str, typer.Option(help="The same for rows of the draft vocabulary: output head, second Markov matrix.")
-    ] = "",
-    embedding_format: Annotated[
-        str, typer.Option(help="The same for the Markov embedding, a row for every token of the target.")
-    ] = "",
+    vocab_format: o.VocabFormat = "",
+    embedding_format: o.EmbeddingFormat = "",
     force: Annotated[bool, typer.Option("--force", help="Replace DESTINATION if it exists.")] = False,
     offline: o.Offline = False,
 ) -> None:

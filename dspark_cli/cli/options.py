@@ -40,6 +40,12 @@ Policy = Annotated[
 ]
 Backend = Annotated[str, typer.Option(help="auto, llamacpp, torch, or a device: cuda, rocm, metal, cpu.")]
 Quant = Annotated[str | None, typer.Option(help="Format of a named model, such as Q4_K_M.")]
+VocabFormat = Annotated[
+    str, typer.Option(help="The same for rows of the draft vocabulary: output head, second Markov matrix.")
+]
+EmbeddingFormat = Annotated[
+    str, typer.Option(help="The same for the Markov embedding, a row for every token of the target.")
+]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample from the K most likely tokens; 0 is off.")]
 TopP = Annotated[

@@ -57,12 +57,8 @@ def train(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="NAME.gguf, or a folder for safetensors.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for texts, features and checkpoints.")] = None,
     format: Annotated[str, typer.Option("--format", help="Of the drafter's matrices in the GGUF file.")] = "Q8_0",
-    vocab_format: Annotated[
-        str, typer.Option(help="The same for rows of the draft vocabulary: output head, second Markov matrix.")
-    ] = "",
-    embedding_format: Annotated[
-        str, typer.Option(help="The same for the Markov embedding, a row for every token of the target.")
-    ] = "",
+    vocab_format: o.VocabFormat = "",
+    embedding_format: o.EmbeddingFormat = "",
     quant: o.Quant = None,
     threads: o.Threads = None,
     seed: o.Seed = 0,

@@ -17,9 +17,7 @@ FADE = 0.985  # share of an account that lasts to the next round
 TRIAL_SHARE = 0.005  # of the time until the next trial that one which only watches may take, once a few have failed
 FIRST_SHARE = 0.02  # the same after the first that fails
 NEAR = 0.9  # a speed over plain decoding that another text may well lift above 1
-LOOK_SHARE = (
-    0.015  # of an answer that a trial at its beginning may take, where other texts are known to be drafted well
-)
+LOOK_SHARE = 0.015  # of an answer that a trial at its beginning may take, where other texts are drafted well
 LOOK_AFTER = 6  # rounds into the answer: its first words are much the same whatever follows
 
 

@@ -157,7 +157,10 @@ def measure(
         depth = bench.fill_all(min(SHALLOW, target.info.n_ctx // 4))
         end += bench.record([Job("verify", depth, 1)])
         first = max(bench.verify(1) for _ in range(2))  # warm: the first passes build graphs and wake threads
-        jobs = [Job("verify", depth, n) for n in _affordable(bench.widths(), first, 0.5 * seconds * 1e3)]
+        jobs = [
+            Job("verify", depth, n)
+            for n in _affordable(bench.widths(), first, 0.5 * seconds * 1e3 / (1 + bench.settling))
+        ]
         jobs += bench.drafting(depth)
         end += bench.record(jobs)
         bench.sample(profile, jobs, REPEATS, clock() + seconds)
@@ -198,7 +201,7 @@ class _Bench:
         self.widest = min((drafter.block_size if drafter else 0) + 1, target.max_rows)
         self.pass_block = drafter.pass_block if drafter is not None and drafter.has_pass else 0
         self._sequences = min(SEVERAL, target.info.n_seq) if self.pass_block else 1
-        self._settling = SETTLING if target.info.backend == "llamacpp" and target.info.device != "cpu" else 0
+        self.settling = SETTLING if target.info.backend == "llamacpp" and target.info.device != "cpu" else 0
 
     def widths(self) -> list[int]:
         """Tokens per pass worth measuring, most telling first; with several sequences also what all of them may need."""
@@ -292,7 +295,7 @@ class _Bench:
             for job in jobs if repeat % 2 == 0 else list(reversed(jobs)):
                 if self.clock() >= until:
                     return
-                for _ in range(self._settling):
+                for _ in range(self.settling):
                     self.run(job)
                 profile.add(job, self.run(job))
                 self.tell()

@@ -35,9 +35,7 @@ RUNNERS = ("auto", "llamacpp", "torch")
 BETTER = 0.9  # of the other's time: torch takes a second to import, and must be worth it
 REPEATS = 9
 CONTEXT = 64  # tokens of context that the passes are timed with
-TORCH_ITSELF = (
-    330_000_000  # bytes of the library, loaded, with what its first passes allocate (measured on Linux, CPU build)
-)
+TORCH_ITSELF = 330_000_000  # bytes of the loaded library and of what its first passes allocate (Linux, CPU build)
 
 
 def open_block_drafter(

@@ -162,13 +162,11 @@ class Corpus:
 
     def draws(self, generator: np.random.Generator, count: int) -> Iterator[list[Stretch]]:
         """`count` documents at a time, for ever, a new order each time round; of like length where padding costs."""
-        endless = self._shuffled(generator)
+        endless, alike = self._shuffled(generator), ALIKE if self.together > 1 else 1
         while True:
-            pool = list(islice(endless, count * (ALIKE if self.together > 1 else 1)))
-            if self.together > 1:
-                pool.sort(key=lambda s: s.length)
-            for i in generator.permutation(range(0, len(pool), count)) if self.together > 1 else (0,):
-                yield pool[int(i) : int(i) + count]
+            pool = sorted(islice(endless, count * alike), key=lambda s: s.length)
+            for i in generator.permutation(alike):
+                yield pool[i * count : (i + 1) * count]
 
     def _shuffled(self, generator: np.random.Generator) -> Iterator[Stretch]:
         while True:

@@ -290,9 +290,8 @@ class Pipeline:
         device = training_device()
         if not self.live:
             cache = self._cache()
-            return Corpus.stored(cache, held_out=False, device=device), Corpus.stored(
-                cache, held_out=True, device=device
-            )
+            trained_on = Corpus.stored(cache, held_out=False, device=device)
+            return trained_on, Corpus.stored(cache, held_out=True, device=device)
         documents, model = self._documents(), load_gguf_model(self.target, device=device)
         longest = max(len(d.ids) for d in documents)
         vocabulary = min(self.recipe.vocabulary or model.config.vocab_size, model.config.vocab_size)
@@ -313,9 +312,7 @@ class Pipeline:
             _take_over(model, start, self.target)
         model.to(training_device())
         options = TrainOptions(hours=self.recipe.hours, seed=self.recipe.seed)
-        if (
-            corpus.together > 1
-        ):  # an accelerator: a pass of many documents, each position an anchor, and rows cost little
+        if corpus.together > 1:  # an accelerator: many documents a pass, each position an anchor, and rows cost little
             options = replace(options, documents=corpus.together, anchors=512, short_share=0.1)
         softcap = read_header(self.target).of_model("final_logit_softcapping")
         trainer = Trainer(model, TargetHead(head.to(training_device()), softcap), options)
