@@ -4,7 +4,8 @@
 
 Arms run in turn in one process, forth and back; a ratio is taken inside a repeat. Prompts are computed in each run, mixed
 with decoding as `dspark batch` does it: `tok/s` is tokens over the time of the whole run, prompts included; `decoding` leaves
-their share of the passes out.
+their share of the passes out. Answers end at different lengths, and each sequence is filled several times, as in real work:
+where all begin and end together plain decoding alone keeps every sequence busy to the end.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from dspark_cli.registry import resolve
 
 MIX = ("question", "code", "copy-edit", "story")
 FIXED = ("fixed:2", "fixed:4")
+FILLED = 4  # times each sequence at least
+LENGTHS = (0.5, 1.25, 0.75, 1.5)  # of an answer, in shares of what is asked for
 
 
 @dataclass
@@ -61,6 +64,18 @@ class Cell:
         if decoding:
             return [a.stats.decode_tok_s / b.stats.decode_tok_s for a, b in pairs]
         return [a.tok_s / b.tok_s for a, b in pairs]
+
+
+def requests_of(session: Session, count: int, tokens: int) -> list[Request]:
+    """`count` requests of all kinds, no two alike, for `tokens` tokens each on average; only the limit ends them."""
+    requests = []
+    for i in range(count):
+        kind, turn = MIX[i % len(MIX)], i // len(MIX)
+        prompt = KINDS[kind][turn % len(KINDS[kind])]
+        limit = max(1, round(tokens * LENGTHS[(i + turn) % len(LENGTHS)]))
+        numbered = replace(prompt, text=f"Item {i + 1}.\n{prompt.text}")
+        requests.append(replace(numbered.request(session, limit, SamplingOptions()), id=i, stop_ids=frozenset()))
+    return requests
 
 
 @contextmanager
@@ -173,8 +188,13 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--formats", default="F16,Q8_0", help="requantize the target to these (default F16,Q8_0)")
     parser.add_argument("--parallel", default="1,2,4,8,16", help="sequences at once (default 1,2,4,8,16)")
-    parser.add_argument("--prompts", type=int, default=16, help=f"prompts, of {', '.join(MIX)} in turn (default 16)")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens per answer (default 48)")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=16,
+        help=f"prompts at least, of {', '.join(MIX)} in turn (default 16); {FILLED} a sequence where that is more",
+    )
+    parser.add_argument("--tokens", type=int, default=48, help="tokens per answer on average (default 48)")
     parser.add_argument("--repeats", type=int, default=3, help="counted runs per arm (default 3)")
     parser.add_argument("--arms", default=",".join(FIXED), help=f"beside plain and auto (default {','.join(FIXED)})")
     parser.add_argument("--drafter", default="lookup", help="lookup, auto or a drafter's path (default lookup)")
@@ -190,12 +210,8 @@ def main() -> None:
             path, found.name, drafter=options.drafter, drafter_path=found.drafter_path, n_seq=max(counts), ctx=1024
         )
         with Session.open(opened) as session:
-            prompts = [KINDS[MIX[i % len(MIX)]][i // len(MIX) % 4] for i in range(options.prompts)]
-            requests = [
-                replace(p.request(session, options.tokens, SamplingOptions()), id=i, stop_ids=frozenset())
-                for i, p in enumerate(prompts)
-            ]
             for n_seq in counts:
+                requests = requests_of(session, max(options.prompts, FILLED * n_seq), options.tokens)
                 with at_most(session, n_seq):
                     mine = rows_of(form, n_seq, measure(session, names, requests, options.repeats))
                 rows += mine

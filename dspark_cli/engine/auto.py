@@ -36,6 +36,7 @@ WORTH = (
 )
 TRUSTED = 1.05  # a drafter that gained this much in earlier runs, at this machine's costs, gets more patience
 HOPELESS = 0.95  # one that would have lost this much is parked before its first pass
+QUICK_WAIT = 4  # rounds parked at first: a quick draft's first token is judged by the bonus token for free
 UNKNOWN = "not known yet to pay"  # why nothing is verified while the drafter is watched for the first time
 NOTHING: Array = np.empty(0)
 
@@ -81,7 +82,8 @@ class AutoSchedule(Schedule):
     def _regime(self, requests: int) -> Regime:
         about = round(math.log2(requests))
         if about not in self._regimes:
-            self._regimes[about] = Regime(self._guard())
+            quick = Guard(first_wait=QUICK_WAIT, requests=2**about)
+            self._regimes[about] = Regime(self._guard(requests=2**about), quick)
         return self._regimes[about]
 
     @property
@@ -173,7 +175,9 @@ class AutoSchedule(Schedule):
             return
         survival = np.mean([_extended(a, block) for a in self._recent], axis=0)
         rate = self._expected_rate(survival)
-        now.pass_guard = self._guard(trusted=rate >= TRUSTED, hopeful=rate >= HOPELESS)
+        now.pass_guard = self._guard(
+            trusted=rate >= TRUSTED, hopeful=rate >= HOPELESS, requests=now.pass_guard.requests
+        )
         if rate < HOPELESS:
             trial = self.costs.pass_ms(min(plan.shared, WATCHED), block, plan.depth)
             now.pass_guard.park(rate, "expected", trial=2 * trial / plan.plain)

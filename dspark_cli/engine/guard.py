@@ -12,6 +12,7 @@ tell what would have been accepted. That costs the drafter's pass and no verifyi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import sqrt
 
 FADE = 0.985  # share of an account that lasts to the next round
 TRIAL_SHARE = 0.005  # of the time until the next trial that one which only watches may take, once a few have failed
@@ -30,6 +31,7 @@ class Guard:
     patience:   tokens an account may lose before parking, expected and observed; a probe has `probe_share` of it
     trusted:    whether earlier runs showed that it pays; otherwise the first rounds are a probe too
     hopeful:    whether they showed that it about pays on the whole: then it does on some texts, and each new one gets a look
+    requests:   that decode together: accounts are means over them, so their noise, and the patience, shrink with the root
     """
 
     first_wait: int = 20
@@ -38,6 +40,7 @@ class Guard:
     probe_share: float = 0.25
     trusted: bool = False
     hopeful: bool = False
+    requests: int = 1
     active: bool = True
     reason: str = ""
     _expected: float = 0.0
@@ -56,6 +59,8 @@ class Guard:
     def __post_init__(self) -> None:
         if self.trusted:
             self.first_wait, self.probe_share = max(1, self.first_wait // 2), 2 * self.probe_share
+        soon, late = self.patience
+        self.patience = (soon / sqrt(self.requests), late / sqrt(self.requests))
         self._probing = not self.trusted
         self._wait = self.first_wait
 

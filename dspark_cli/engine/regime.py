@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dspark_cli.engine.admission import Array
 from dspark_cli.engine.guard import Guard
@@ -74,8 +74,7 @@ class Regime:
     """
 
     pass_guard: Guard
-    # A quick draft costs nothing until it is verified, and its first token is judged by the bonus token for free.
-    quick_guard: Guard = field(default_factory=lambda: Guard(first_wait=4))
+    quick_guard: Guard
     past: tuple[float, float] = (0.0, 0.0)
     promise: float | None = None
     block: tuple[int, int] = (0, 0)
