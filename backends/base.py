@@ -181,7 +181,7 @@ class Draft:
 
     tokens:     int64   [k]     k <= the block asked for; may be empty
     confidence: float32 [k]     P(token i accepted | all earlier accepted); None if the drafter cannot say
-    probs:      float32 [k, V]  the distribution each token was *sampled* from; None when the draft is deterministic
+    probs:      float32 [k, V]  the distribution each token was *sampled* from; None where the output does not hang on it
     source:     which drafter made it, when several share a loop ("lookup", "dspark", ...)
     """
 
@@ -214,8 +214,9 @@ class DraftRequest:
 
     anchor: the last committed token, not yet in any cache
     block:  tokens wanted at most
-    choose: draws a draft token: (logits float32 [V], drafted so far) -> (token, probs float32 [V]).
-            None asks for the deterministic (greedy) draft.
+    choose: says which token to draft: (logits float32 [W], drafted so far, the W tokens they are of or None for all) ->
+            (token, probs float32 [V] that it was sampled from, or None where the output does not hang on it).
+            None asks for the best tokens.
     """
 
     seq: int

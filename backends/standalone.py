@@ -64,9 +64,12 @@ class StandaloneDrafter(Drafter):
             token = int(row.argmax())
             confidence.append(float(1.0 / np.exp(row - row[token]).sum()))
             return token
-        token, prob = request.choose(row, drafted)
-        confidence.append(float(prob.max()))
-        probs.append(prob)
+        token, prob = request.choose(row, drafted, None)
+        if prob is None:
+            confidence.append(float(1.0 / np.exp(row - row.max()).sum()))
+        else:
+            confidence.append(float(prob.max()))
+            probs.append(prob)
         return int(token)
 
     def _catch_up(self, request: DraftRequest) -> list[int]:

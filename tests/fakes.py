@@ -112,13 +112,12 @@ class TableDrafter(Drafter):
         previous = request.anchor
         for _ in range(request.block):
             row = self.table[previous]
-            if request.choose is None:
-                token = int(row.argmax())
-                prob = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
-            else:
-                token, prob = request.choose(row, tokens)
+            own = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+            token, prob = (int(row.argmax()), None) if request.choose is None else request.choose(row, tokens, None)
+            if prob is not None:
                 probs.append(prob)
-            confidence.append(float(prob[token] if self.peek else prob.max()))
+            shown = own if prob is None else prob
+            confidence.append(float(shown[token] if self.peek else shown.max()))
             tokens.append(token)
             previous = token
         return Draft(

@@ -2,8 +2,8 @@
 
     python tests/measure_neighbours.py --format F16
 
-Prints how many greedy answers part from the first run's and the distance of the first two logits where each does, and how
-many sampled ones do. Not part of the test suite.
+Prints how many answers part from the first run's, and by how much two logits had to change where each does. Not part of the
+test suite.
 """
 
 from __future__ import annotations

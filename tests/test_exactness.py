@@ -29,8 +29,9 @@ from dspark_cli.engine.guard import Guard
 from dspark_cli.engine.rounds import Request, SamplingOptions, Times
 from dspark_cli.engine.schedule import Fixed, Off, Outcome, Schedule, Threshold
 from fakes import TableDrafter, TableTarget
+from tests_support import whole_row
 
-N_VOCAB, LENGTH, DRAWS = 4, 4, 8_000
+N_VOCAB, LENGTH, DRAWS = 4, 4, 5_000
 PROMPT = [0, 1, 2, 0, 1]
 DRAFTERS: dict[str, Callable[[TableTarget], Drafter]] = {
     "table": lambda target: TableDrafter(target),
@@ -192,6 +193,14 @@ class Counted(Schedule):
         return chosen
 
 
+def test_exact_accept_keeps_the_law_even_where_a_length_hangs_on_the_drawn_token() -> None:
+    """The drafter races by the target's own numbers and its confidence looks at the winner: what ends the rule "residual"
+    (below) cannot touch a token that is found whatever was drafted."""
+    options = SamplingOptions(temperature=1.0)
+    counts = drawn(options, lambda t: TableDrafter(t, peek=True), Threshold(0.3))
+    assert excess(counts, exact_law(TableTarget(N_VOCAB), options)) < LIMIT
+
+
 def test_exact_accept_gives_the_text_of_plain_decoding_with_the_same_seed() -> None:
     options = SamplingOptions(temperature=1.0)
     plain = drawn(options, None, Off(), draws=300)
@@ -226,6 +235,84 @@ class TestWrongRulesFail:
     def test_a_confidence_that_looks_at_the_drawn_token(self) -> None:
         """The paper's appendix A: a length decided by x_k itself biases the output."""
         assert self.statistic(Threshold(0.3), peek=True) > 2 * LIMIT
+
+
+def test_numbers_are_those_of_splitmix64() -> None:
+    """The first outputs of the published generator from the state 1234567."""
+    found = sampling.uniforms(1234567, np.array([1, 2, 3])) * 2.0**52 - 0.5
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert found.astype(np.int64).tolist() == [n >> 12 for n in expected]
+
+
+def test_a_race_follows_its_probabilities_also_of_rare_tokens() -> None:
+    """Half of the mass lies in tokens that race as one."""
+    probs = np.full(10_003, 0.5 / 10_000, dtype=np.float32)
+    probs[[7, 5000, 10_002]] = [0.3, 0.15, 0.05]
+    probs[100:200] = 0.0
+    keys = np.random.default_rng(1).integers(0, 2**63, size=20_000).tolist()
+    won = np.bincount([sampling.race(probs, key)[0] for key in keys], minlength=len(probs))
+    assert not won[100:200].any()
+    groups = [won[7], won[5000], won[10_002], *(won[a:b].sum() for a, b in ((200, 5000), (5001, 10_002)))]
+    law = np.array([probs[7], probs[5000], probs[10_002], probs[200:5000].sum(), probs[5001:10_002].sum()])
+    counts = Counter({(i,): int(n) for i, n in enumerate(groups)})
+    left = len(keys) - sum(groups)
+    assert left == won[:7].sum() + won[8:100].sum()
+    assert excess(counts, {(i,): float(p) for i, p in enumerate(law / law.sum())}) < LIMIT
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.1])
+def test_nearly_equal_logits_win_the_same_race(noise: float) -> None:
+    """Texts of a seed part by what the logits differ, not by how wide the vocabulary is; the gap says which may."""
+    random = np.random.default_rng(2)
+    options, parted, by_sum, distance, races = SamplingOptions(temperature=1.0), 0, 0, 0.0, 400
+    for key in random.integers(0, 2**63, size=races).tolist():
+        row = random.normal(size=5000).astype(np.float32) * 2
+        other = row + random.normal(size=5000).astype(np.float32) * noise
+        p, q = sampling.probabilities(row, options), sampling.probabilities(other, options)
+        (token, gap), (same, _) = sampling.race(p, key), sampling.race(q, key)
+        parted += token != same
+        # tokens near the border of those that race as one may change sides, which no gap foretells
+        common = min(p[token] / p.max(), q[same] / q.max(), p[same] / p.max(), q[token] / q.max()) > 2 * sampling.RARE
+        assert token == same or gap < 12 * noise or not common
+        uniform = float(random.random())
+        by_sum += sampling.draw(p, uniform) != sampling.draw(q, uniform)
+        distance += 0.5 * float(np.abs(p - q).sum())
+    bound = 2 * distance / races / (1 + distance / races)  # of the share that parts
+    assert parted / races < bound + 3 * (bound / races) ** 0.5
+    assert parted < 0.5 * by_sum
+
+
+def test_drafts_that_race_by_the_targets_numbers_are_kept_more_often_than_best_tokens() -> None:
+    options = SamplingOptions(temperature=1.0)
+
+    class Best(TableDrafter):
+        def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
+            return super().propose([replace(r, choose=None) for r in requests])
+
+    def share(kind: type[TableDrafter]) -> float:
+        target = TableTarget(N_VOCAB)
+        drafter = kind(target)
+        drafter.table = target.table.mean(axis=0)  # the target's rows hang on one token more
+        engine = Engine(target, drafter, Fixed(3), clock=lambda: 0.0)
+        requests = [Request(PROMPT, 40, replace(options, seed=i), id=i) for i in range(50)]
+        rounds = [item for item in engine.run(requests) if item.verified]
+        return sum(item.accepted for item in rounds) / sum(min(item.accepted + 1, item.verified) for item in rounds)
+
+    assert share(TableDrafter) > share(Best) + 0.1
+
+
+def test_draft_rows_of_a_reduced_vocabulary_race_as_the_whole_ones() -> None:
+    random = np.random.default_rng(4)
+    ids = np.sort(random.choice(500, size=60, replace=False))
+    for seed, options in enumerate(SETTINGS.values()):
+        sampler = sampling.Sampler(replace(options, seed=seed), PROMPT)
+        sampler.commit([sampler.first(random.normal(size=500).astype(np.float32))])
+        for _ in range(40):
+            row = random.normal(size=60).astype(np.float32) * 2
+            token, probs = sampler.choose_draft(row, [3, 4], ids)
+            assert (token, probs) == sampler.choose_draft(whole_row(row, ids, 500), [3, 4])
+            assert token in ids
+            assert probs is None
 
 
 def test_draw_follows_its_probabilities() -> None:

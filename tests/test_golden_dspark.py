@@ -13,6 +13,7 @@ from test_golden_cases import Case, all_cases, assert_matches, drafter_of, targe
 torch = pytest.importorskip("torch")
 
 from dspark_cli.backends.base import DraftRequest  # noqa: E402
+from tests_support import whole_row  # noqa: E402
 
 
 class Probe:
@@ -100,9 +101,9 @@ def corrected_logits(drafter: Any, anchor: int) -> np.ndarray:
     """float32 [B, V] along the greedy chain, as a sampling request sees them."""
     rows: list[np.ndarray] = []
 
-    def take_best(row: np.ndarray, drafted: list[int]) -> tuple[int, np.ndarray]:
-        rows.append(row.copy())
-        return int(row.argmax()), row
+    def take_best(row: np.ndarray, drafted: list[int], ids: np.ndarray | None) -> tuple[int, np.ndarray]:
+        rows.append(whole_row(row, ids, drafter.vocabulary.n_vocab))
+        return int(rows[-1].argmax()), rows[-1]
 
     drafter.propose([DraftRequest(0, anchor, drafter.block_size, take_best)])
     return np.stack(rows)

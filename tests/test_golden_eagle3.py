@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 
 from dspark_cli.backends.base import DraftRequest  # noqa: E402
 from dspark_cli.backends.torch.layers import attention  # noqa: E402
+from tests_support import whole_row  # noqa: E402
 
 
 class Replay:
@@ -152,9 +153,9 @@ def propose(drafter: Any, anchor: int) -> tuple[np.ndarray, np.ndarray, list[int
     states: list[np.ndarray] = []
     positions: list[int] = []
 
-    def take_best(row: np.ndarray, drafted: list[int]) -> tuple[int, np.ndarray]:
-        rows.append(row.copy())
-        return int(row.argmax()), row
+    def take_best(row: np.ndarray, drafted: list[int], ids: np.ndarray | None) -> tuple[int, np.ndarray]:
+        rows.append(whole_row(row, ids, drafter.vocabulary.n_vocab))
+        return int(rows[-1].argmax()), rows[-1]
 
     hooks = [
         drafter.model.register_forward_hook(lambda module, inputs, output: states.append(output[0, 0].numpy())),

@@ -27,6 +27,7 @@ from test_golden_cases import (
 pytest.importorskip("torch")
 
 from dspark_cli.backends.base import DraftRequest
+from tests_support import whole_row
 
 sampling = pytest.importorskip("dspark_cli.engine.sampling")
 SamplingOptions = pytest.importorskip("dspark_cli.engine.rounds").SamplingOptions
@@ -83,8 +84,8 @@ def measured_stochastic(case_name: str) -> dict[str, Any]:
 def forced_probs(drafter: Any, anchor: int, tokens: np.ndarray, temperature: float) -> np.ndarray:
     """The drafter's distributions [k, V] while the given tokens are drafted."""
 
-    def take_given(row: np.ndarray, drafted: list[int]) -> tuple[int, np.ndarray]:
-        return int(tokens[len(drafted)]), softmax(row, temperature)
+    def take_given(row: np.ndarray, drafted: list[int], ids: np.ndarray | None) -> tuple[int, np.ndarray]:
+        return int(tokens[len(drafted)]), softmax(whole_row(row, ids, drafter.vocabulary.n_vocab), temperature)
 
     draft = drafter.propose([DraftRequest(0, anchor, len(tokens), take_given)])[0]
     assert draft.tokens.tolist() == tokens.tolist()

@@ -16,6 +16,7 @@ from dspark_cli.backends.torch.anchors import sample_anchors  # noqa: E402
 from dspark_cli.backends.torch.config import DrafterConfig  # noqa: E402
 from dspark_cli.backends.torch.drafter import TorchDrafter, make_drafter  # noqa: E402
 from test_torch_checkpoint import EAGLE, TINY, random_model  # noqa: E402
+from tests_support import whole_row  # noqa: E402
 
 CONFIGS = {
     "dspark": TINY,
@@ -66,11 +67,12 @@ def assert_same(one: Draft, other: Draft) -> None:
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def sampler(seed: int) -> Any:
+def sampler(seed: int, n_vocab: int = 40) -> Any:
     """A `choose` that draws by its own numbers."""
     random = np.random.default_rng(seed)
 
-    def choose(logits: np.ndarray, drafted: Sequence[int]) -> tuple[int, np.ndarray]:
+    def choose(logits: np.ndarray, drafted: Sequence[int], ids: np.ndarray | None) -> tuple[int, np.ndarray]:
+        logits = whole_row(logits, ids, n_vocab)
         weights = np.exp(logits - logits.max())
         probs = (weights / weights.sum()).astype(np.float32)
         return int(random.choice(len(probs), p=probs.astype(np.float64) / probs.astype(np.float64).sum())), probs
@@ -244,7 +246,7 @@ def test_a_reduced_drafter_is_the_whole_one_without_the_other_tokens() -> None:
     mask = np.full(40, -np.inf, dtype=np.float32)
     mask[ids.numpy()] = 0
 
-    def best_known(logits: np.ndarray, drafted: Sequence[int]) -> tuple[int, np.ndarray]:
+    def best_known(logits: np.ndarray, drafted: Sequence[int], ids: np.ndarray | None) -> tuple[int, np.ndarray]:
         return int((logits + mask).argmax()), logits
 
     for drafter in drafters:
@@ -258,7 +260,7 @@ def test_a_reduced_drafter_is_the_whole_one_without_the_other_tokens() -> None:
 def test_padded_vocabularies(n_vocab: int) -> None:
     drafter = make_drafter(model_for(TINY), name="test", n_vocab=n_vocab)
     drafter.observe(0, *text(9))
-    greedy, sampled = (drafter.propose([DraftRequest(0, 5, 4, choose)])[0] for choose in (None, sampler(3)))
+    greedy, sampled = (drafter.propose([DraftRequest(0, 5, 4, choose)])[0] for choose in (None, sampler(3, n_vocab)))
     assert sampled.probs.shape == (4, n_vocab)
     assert max(*greedy.tokens, *sampled.tokens) < min(n_vocab, 40)
 
@@ -291,14 +293,14 @@ def test_training_sees_what_drafting_sees(name: str) -> None:
         rows = forced_logits(drafter, tokens[anchor], [*known, *[0] * (4 - len(known))])
         count = min(len(known) + 1, 4)  # past the end of the document the tokens before are not the same
         ours = out.logits[0, index, :count].detach().numpy()
-        theirs = rows[:count] if drafter.model.d2t is None else rows[:count, drafter.model.d2t]
-        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(ours, rows[:count], atol=1e-4, rtol=1e-4)
 
 
 def forced_logits(drafter: TorchDrafter, anchor: int, tokens: list[int]) -> np.ndarray:
+    """[k, W] over the draft vocabulary, while `tokens` are drafted."""
     rows: list[np.ndarray] = []
 
-    def take_given(logits: np.ndarray, drafted: Sequence[int]) -> tuple[int, np.ndarray]:
+    def take_given(logits: np.ndarray, drafted: Sequence[int], ids: np.ndarray | None) -> tuple[int, np.ndarray]:
         rows.append(logits.copy())
         return tokens[len(drafted)], logits
 

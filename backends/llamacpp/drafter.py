@@ -139,7 +139,7 @@ class LlamaCppDrafter(Drafter):
         greedy = logits.argmax(axis=1)
         if request.choose is None:
             return Draft(greedy, self._or_own_probability(confidence, logits), source=self.kind)
-        return self._sampled(request, logits, greedy, confidence)
+        return self._chosen(request, logits, greedy, confidence)
 
     def _or_own_probability(self, confidence: FloatArray | None, logits: FloatArray) -> FloatArray:
         """Without a confidence head, the probability of the drafter's own best token (known before any sampling)."""
@@ -148,24 +148,30 @@ class LlamaCppDrafter(Drafter):
         best = logits.max(axis=1, keepdims=True)
         return (1.0 / np.exp(logits - best).sum(axis=1)).astype(np.float32)
 
-    def _sampled(
+    def _chosen(
         self, request: DraftRequest, logits: FloatArray, greedy: IntArray, confidence: FloatArray | None
     ) -> Draft:
-        """Draft by sampling: libllama corrected row k along the *greedy* chain, so move it to the sampled chain."""
-        choose: Callable[[FloatArray, list[int]], tuple[int, FloatArray]] = request.choose
+        """Draft what the request chooses: libllama corrected row k along the *best* tokens, so move it to the chosen ones."""
+        choose: Callable[[FloatArray, list[int], IntArray | None], tuple[int, FloatArray | None]] = request.choose
+        ids = self._heads.d2t
+        rows = logits if ids is None else logits[:, ids]
         tokens: list[int] = []
         probs, survive = [], []
-        for k in range(len(logits)):
-            row, conf = logits[k], None if confidence is None else float(confidence[k])
+        for k, row in enumerate(rows):
+            conf = None if confidence is None else float(confidence[k])
             if k and self._heads.has_markov and tokens[-1] != greedy[k - 1]:
-                row = row + self._heads.bias_change(tokens[-1], int(greedy[k - 1]), len(row))
+                row = row + self._heads.bias_change(tokens[-1], int(greedy[k - 1]))
                 conf = None if conf is None else self._heads.move_confidence(conf, tokens[-1], int(greedy[k - 1]))
             survive.append(float(self._or_own_probability(None, row[None])[0]) if conf is None else conf)
-            token, prob = choose(row, tokens)
+            token, prob = choose(row, tokens, ids)
             tokens.append(token)
-            probs.append(prob)
+            if prob is not None:
+                probs.append(prob)
         return Draft(
-            np.asarray(tokens, dtype=np.int64), np.asarray(survive, dtype=np.float32), np.stack(probs), self.kind
+            np.asarray(tokens, dtype=np.int64),
+            np.asarray(survive, dtype=np.float32),
+            np.stack(probs) if probs else None,
+            self.kind,
         )
 
     def observe(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
@@ -236,17 +242,13 @@ class HeadWeights:
         return self._array("conf_proj.weight").reshape(-1)[-self._w1.shape[1] :]  # type: ignore[no-any-return]
 
     @cached_property
-    def _d2t(self) -> IntArray | None:
-        return self._array("d2t") if self.has_d2t else None
+    def d2t(self) -> IntArray | None:
+        """Target ids of a reduced draft vocabulary; None for a whole one."""
+        return self._array("d2t").astype(np.int64) if self.has_d2t else None
 
-    def bias_change(self, token: int, instead_of: int, n_vocab: int) -> FloatArray:
-        """float32 [V]: W2 (W1[token] - W1[instead_of]); 0 outside a reduced vocabulary (those logits are -inf)."""
-        change = self._w2 @ (self._w1[token] - self._w1[instead_of])
-        if self._d2t is None:
-            return change
-        full = np.zeros(n_vocab, dtype=np.float32)
-        full[self._d2t] = change
-        return full
+    def bias_change(self, token: int, instead_of: int) -> FloatArray:
+        """float32 [W]: W2 (W1[token] - W1[instead_of]), over the draft vocabulary."""
+        return self._w2 @ (self._w1[token] - self._w1[instead_of])  # type: ignore[no-any-return]
 
     def move_confidence(self, confidence: float, token: int, instead_of: int) -> float:
         """The confidence had the previous draft token been `token`."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_cli.backends.base import DraftRequest, FloatArray
+from dspark_cli.backends.base import DraftRequest, FloatArray, IntArray
 from dspark_cli.backends.torch.layers import Attend, attention
 from dspark_cli.backends.torch.store import RowStore
 
@@ -83,15 +83,14 @@ class Vocabulary:
         best = logits.argmax(dim=-1)
         return best if self._d2t is None else self._d2t[best]
 
-    def spread(self, logits: Tensor) -> FloatArray:
-        """float32 [V] of one row of logits [W]; -inf for tokens that the drafter does not know."""
+    def known(self, logits: Tensor) -> tuple[FloatArray, IntArray | None]:
+        """(float32 [W'] of one row of logits [W], the target ids they are of; None = all, in order)."""
         row: FloatArray = logits.float().cpu().numpy()
         if self._whole:
-            return row
-        known = self._ids < self.n_vocab
-        full = np.full(self.n_vocab, -np.inf, dtype=np.float32)
-        full[self._ids[known]] = row[known]
-        return full
+            return row, None
+        if self._unknown is None:
+            return row, self._ids
+        return row[self._ids < self.n_vocab], self._ids[self._ids < self.n_vocab]
 
 
 class Picker:
@@ -112,12 +111,14 @@ class Picker:
         chosen = self._vocabulary.best(k, logits)
         for i, request in enumerate(self._requests):
             if request.choose is not None and k < request.block:
-                token, probs = request.choose(self._vocabulary.spread(logits[i]), self._drafted[i])
+                row, ids = self._vocabulary.known(logits[i])
+                token, probs = request.choose(row, self._drafted[i], ids)
                 self._drafted[i].append(token)
-                self._probs[i].append(probs)
+                if probs is not None:
+                    self._probs[i].append(probs)
                 chosen[i] = token
         return chosen
 
     def probs(self, i: int) -> FloatArray | None:
-        """float32 [k, V] of request i; None if its draft is greedy."""
+        """float32 [k, V] of request i; None if the output does not hang on what its draft was sampled from."""
         return np.stack(self._probs[i]) if self._probs[i] else None

@@ -20,7 +20,7 @@ class Figures:
 
     total:       items of the input;  skipped: done by earlier runs;  failed: error lines of this one
     cached:      prompt tokens that were not computed because another sequence had them
-    near_ties:   tokens whose first two logits were so close that another batch may have chosen otherwise (greedy)
+    near_ties:   tokens whose first two logits were so close that another batch may have chosen otherwise
     costs:       of passes on this machine, to say what plain decoding would have taken; None if nothing is known
     """
 

@@ -80,7 +80,7 @@ def run_job(
 class Open:
     """An item that is being answered.
 
-    near: logits closer than this are a near-tie;  ties: [characters before it, margin] of tokens that were one (greedy)
+    near: logits closer than this are a near-tie;  ties: [characters before it, margin] of tokens that were one
     """
 
     item: Item

@@ -190,7 +190,7 @@ def _compared(cycle: list[Run]) -> list[Run]:
         at = first_difference(run.tokens, expected)
         if at is not None:
             run.first_difference = at
-            run.margin = margins[at] if run.temperature == 0 and at < len(margins) else None
+            run.margin = margins[at] if at < len(margins) else None
     first.plain_tok_s = first.stats.decode_tok_s  # its own ratio is 1
     return [first, *others]
 

@@ -41,7 +41,7 @@ BESIDE_GPU = 256  # never measured
 class Engine:
     """A target, maybe a drafter, and a schedule; remembers what each sequence's cache holds between runs.
 
-    margins: also report, per committed token, the gap between the first and second logit (greedy only).
+    margins: also report, per committed token, by how much two logits had to change for another one.
     clock:   seconds, from any start
     on_prefill: is told, before each pass over a prompt, the tokens of it that are computed and all; may raise to stop
     """
@@ -209,7 +209,9 @@ class Engine:
         self.drafter.observe(seq, tokens, features)
 
     def _margins_of(self, r: Running, logits: FloatArray, count: int) -> tuple[float, ...] | None:
-        return margins(logits[:count]) if self.margins and r.request.sampling.greedy else None
+        if not self.margins:
+            return None
+        return margins(logits[:count]) if r.request.sampling.greedy else tuple(r.sampler.gaps[:count]) or None
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 

@@ -90,7 +90,8 @@ class Round:
     shared:      requests that decoded in the same pass
     beside:      prompt tokens of others that were computed in the same pass
     cached:      (prefill only) prompt tokens found in the cache, not computed again
-    margins:     logit of the first minus that of the second choice, per committed token, when asked for; None if sampled
+    margins:     by how much two logits had to change for another token, per committed token, when asked for: greedy, the
+                 first minus the second; sampled, the same with each token's random number added; None for "residual"
     error:       why the request cannot be served (`finish` is then "error" and nothing was produced)
     """
 

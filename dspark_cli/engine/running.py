@@ -46,7 +46,7 @@ class Running:
         return self.filled == len(self.prompt)
 
     def draft_request(self, block: int) -> DraftRequest:
-        choose = self.sampler.choose_draft if self.sampler.samples_drafts else None
+        choose = self.sampler.choose_draft if self.sampler.chooses_drafts else None
         return DraftRequest(self.seq, self.anchor, block, choose)
 
     def trim(self, tokens: Sequence[int], room: int) -> tuple[list[int], str]:

@@ -1,7 +1,11 @@
 """From logits to tokens: the distribution a sampling setting means, draws from it, and the two lossless accept rules.
 
-"exact":    draw the target's own token at each position; a draft is kept while it is that token. The uniform numbers are
-            used up one a committed token, so with a seed the text is that of plain decoding with the same seed.
+Each position of an answer has random numbers of its own, one for each token of the vocabulary, and the target's token is the
+winner of a race between them (`race`).
+
+"exact":    the target's own token is found at each position; a draft is kept while it is that token. With a seed the text is
+            that of plain decoding, whatever was drafted. A drafter races by the same numbers, so that it agrees with the
+            target far more often than a second draw would (Daliri et al. 2024, drafter-invariant speculative decoding).
 "residual": keep x with probability min(1, target_probs[x] / draft_probs[x]); at the first refusal draw from
             norm(max(0, target_probs - draft_probs)) (Leviathan et al. 2023; golden/NOTES 14-15 for the corner cases).
 """
@@ -71,6 +75,50 @@ def _largest(row: FloatArray, count: int) -> IntArray:
     return candidates[np.argpartition(row[candidates], -count)[-count:]]
 
 
+GOLDEN, FIRST, SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+RARE = (
+    2.0**-12
+)  # of the likeliest token's probability: tokens below it race as one, and another number tells which it is
+ALONE = 1e3  # stands for the gap to a second token where there is none
+TOGETHER, WHICH = 1 << 32, (1 << 32) + 1  # the numbers of those two, beyond any token's id
+
+
+def uniforms(key: int, ids: IntArray) -> FloatArray:
+    """float64 in (0, 1), one for each of `ids`: the numbers that SplitMix64 gives from the state `key` on, by index."""
+    z = np.uint64(key) + ids.astype(np.uint64) * GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * FIRST
+    z = (z ^ (z >> np.uint64(27))) * SECOND
+    z ^= z >> np.uint64(31)
+    return ((z >> np.uint64(12)) + 0.5) * 2.0**-52
+
+
+def race(probs: FloatArray, key: int, ids: IntArray | None = None) -> tuple[int, float]:
+    """A draw from `probs` [W] (their sum may be any): each token arrives after an exponential time of its probability's rate,
+    and the first one wins. Also how much more likely the second had to be to win, in nats (`ALONE` without a second).
+
+    Times hang on `key` and the token alone, so two distributions that nearly agree give the same token nearly always: at least
+    (1 - d) / (1 + d) of the times for a total variation distance d. A draw by one uniform number over cumulative sums would
+    part far more often: a difference in one token moves the borders of all others.
+
+    ids: tokens [W] that `probs` are of; None = 0, 1, 2, ...
+    """
+    runners = np.flatnonzero(probs > RARE * probs.max())
+    rates = probs[runners].astype(np.float64)
+    tokens = runners if ids is None else ids[runners]
+    rest = float(probs.sum(dtype=np.float64)) - float(rates.sum())
+    if rest > 1e-9:  # else it is what rounding left over
+        tokens, rates = np.append(tokens, TOGETHER), np.append(rates, rest)
+    times = -np.log(uniforms(key, tokens)) / rates
+    first = int(times.argmin())
+    gap = ALONE if len(times) == 1 else float(np.log(np.partition(times, 1)[1] / times[first]))
+    if first < len(runners):
+        return int(tokens[first]), gap
+    others = probs.copy()
+    others[runners] = 0.0
+    at = draw(others, float(uniforms(key, np.array([WHICH]))[0]))
+    return at if ids is None else int(ids[at]), gap
+
+
 def draw(probs: FloatArray, uniform: float) -> int:
     """The token that inverse-CDF sampling with `uniform` in [0, 1) gives."""
     starts = np.arange(0, len(probs), BLOCK)
@@ -98,32 +146,59 @@ def residual(target_probs: FloatArray, draft_probs: FloatArray) -> FloatArray:
 
 
 class Sampler:
-    """One request's choice of tokens: its options, its random numbers, the tokens it has seen."""
+    """One request's choice of tokens: its options, its random numbers, the tokens it has seen.
+
+    gaps: of the tokens that the last call of `first` or `verify` found by "exact": by how much two logits had to change for
+          another token. Empty for greedy and "residual".
+    """
+
+    gaps: list[float]
 
     def __init__(self, options: SamplingOptions, prompt: Sequence[int]) -> None:
         self.options = options
         self.history: list[int] = list(prompt)
-        self._random = np.random.Generator(np.random.Philox(options.seed))
-        # Draft choices must not use up the numbers that decide on the target's tokens.
-        self._draft_random = np.random.Generator(np.random.Philox(options.seed).jumped())
+        self._prompt_tokens = len(prompt)
+        self._bits = np.random.Philox(options.seed)
+        self.gaps = []
+        self._n_vocab = 0  # known with the first logits
+        self._keys: list[int] = []  # of each position of the answer, as far as they were needed
+        # For "residual": neither drafting nor accepting may use the numbers that decide on the target's tokens.
+        self._random = np.random.Generator(self._bits.jumped())
+        self._draft_random = np.random.Generator(self._bits.jumped(2))
 
     @property
-    def samples_drafts(self) -> bool:
-        """Whether a drafter should draw its tokens rather than take the best ones."""
-        return self.options.accept == "residual" and not self.options.greedy
+    def chooses_drafts(self) -> bool:
+        """Whether a drafter should ask for each token rather than take the best ones."""
+        return not self.options.greedy
 
     def first(self, row: FloatArray) -> int:
         """The token after the prompt, from logits [V]."""
-        return self._draw(self._probs(row, ()))
+        self._n_vocab = len(row)
+        self.gaps = []
+        return self._own(row, (), 0)
 
-    def choose_draft(self, row: FloatArray, drafted: Sequence[int]) -> tuple[int, FloatArray]:
-        """A draft token drawn from the drafter's logits [V], with the distribution it came from (`DraftRequest.choose`)."""
+    def choose_draft(
+        self, row: FloatArray, drafted: Sequence[int], ids: IntArray | None = None
+    ) -> tuple[int, FloatArray | None]:
+        """A draft token by the drafter's logits [W] of the tokens `ids` (`DraftRequest.choose`).
+
+        "residual": drawn, with the distribution [V] it came from. "exact": the one that the target would find if its logits
+        were these; where it comes from does not matter to the output, so no distribution is kept.
+        """
+        residual = self.options.accept == "residual"
+        if ids is not None and (residual or self.options.repeat_penalty != 1.0):
+            whole = np.full(self._n_vocab, -np.inf, dtype=np.float32)
+            whole[ids] = row
+            row, ids = whole, None
         probs = self._probs(row, drafted)
-        return draw(probs, self._draft_random.random()), probs
+        if residual:
+            return draw(probs, self._draft_random.random()), probs
+        return race(probs, self._key(len(drafted)), ids)[0], None
 
     def verify(self, logits: FloatArray, draft: Draft) -> tuple[int, int]:
         """Judge `draft` [k] by the target's logits [k+1, V]; returns (accepted, bonus token)."""
         options = self.options
+        self.gaps = []
         if options.greedy and options.repeat_penalty == 1.0:
             best = logits.argmax(axis=1)
             wrong = np.flatnonzero(best[:-1] != draft.tokens)
@@ -134,18 +209,28 @@ class Sampler:
 
     def _by_match(self, logits: FloatArray, draft: Draft) -> tuple[int, int]:
         for i, token in enumerate(draft.tokens):
-            mine = self._draw(self._probs(logits[i], draft.tokens[:i]))
+            mine = self._own(logits[i], draft.tokens[:i], i)
             if mine != token:
                 return i, mine
-        return len(draft), self._draw(self._probs(logits[-1], draft.tokens))
+        return len(draft), self._own(logits[-1], draft.tokens, len(draft))
+
+    def _own(self, row: FloatArray, drafted: Sequence[int] | IntArray, ahead: int) -> int:
+        """The target's own token by its logits [V], `ahead` of the next one to be committed."""
+        probs = self._probs(row, drafted)
+        if self.options.greedy:
+            return int(probs.argmax())
+        token, gap = race(probs, self._key(ahead))
+        if self.options.accept == "exact":
+            self.gaps.append(gap * self.options.temperature)
+        return token
 
     def _by_residual(self, logits: FloatArray, draft: Draft) -> tuple[int, int]:
         for i, token in enumerate(draft.tokens):
             target_probs = self._probs(logits[i], draft.tokens[:i])
             draft_probs = one_hot(int(token), len(target_probs)) if draft.probs is None else draft.probs[i]
             if self._random.random() >= accept_probability(target_probs, draft_probs, int(token)):
-                return i, self._draw(residual(target_probs, draft_probs))
-        return len(draft), self._draw(self._probs(logits[-1], draft.tokens))
+                return i, race(residual(target_probs, draft_probs), self._key(i))[0]
+        return len(draft), self._own(logits[-1], draft.tokens, len(draft))
 
     def _probs(self, row: FloatArray, drafted: Sequence[int] | IntArray) -> FloatArray:
         options = self.options
@@ -153,10 +238,12 @@ class Sampler:
             return probabilities(row, options)
         return probabilities(row, options, [*self.history[-options.repeat_last_n :], *map(int, drafted)])
 
-    def _draw(self, probs: FloatArray) -> int:
-        if self.options.greedy:
-            return int(probs.argmax())
-        return draw(probs, self._random.random())
+    def _key(self, ahead: int) -> int:
+        """What the times of a race hang on, `ahead` of the next position to be committed."""
+        position = len(self.history) - self._prompt_tokens + ahead
+        while len(self._keys) <= position:
+            self._keys.append(int(self._bits.random_raw()))
+        return self._keys[position]
 
     def commit(self, tokens: Sequence[int]) -> None:
         """`tokens` became part of the answer."""

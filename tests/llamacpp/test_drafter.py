@@ -11,7 +11,7 @@ import pytest
 from drafters import BARE, LATER, NEAR_TIE, OPTIONS, OTHER, REDUCED, TEXT, features_of, opened, propose, same
 
 import synthetic
-from dspark_cli.backends.base import Draft, DraftRequest, FloatArray, PairMismatch
+from dspark_cli.backends.base import Draft, DraftRequest, FloatArray, IntArray, PairMismatch
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
 from dspark_cli.backends.llamacpp.export import DrafterSpec
@@ -20,6 +20,7 @@ from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.rounds import Request, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off, Schedule
 from synthetic import HIDDEN, SPEC
+from tests_support import whole_row
 
 # -- what is proposed --------------------------------------------------------------------------------------------------
 
@@ -72,9 +73,10 @@ def chosen_chain(drafter: LlamaCppDrafter, anchor: int, rank: int) -> tuple[Draf
     """A sampled draft that takes the token of `rank` (0 = best) at every position, and the rows it was shown."""
     rows: list[FloatArray] = []
 
-    def choose(row: FloatArray, drafted: list[int]) -> tuple[int, FloatArray]:
+    def choose(row: FloatArray, drafted: list[int], ids: IntArray | None) -> tuple[int, FloatArray]:
         assert len(drafted) == len(rows)
-        rows.append(row.copy())
+        row = whole_row(row, ids, drafter.model.n_vocab)
+        rows.append(row)
         probs = np.zeros_like(row)
         token = int(np.argsort(-row, kind="stable")[rank])
         probs[token] = 1.0
