@@ -74,6 +74,7 @@ class Recipe:
     through:  who runs the target for texts and features: llamacpp, torch, or auto (texts by whichever is quick here,
               features by llama.cpp, which runs the very file that will be served)
     features: target layers; () = five, spread from early to the last that can be read
+    anchors:  to train on, instead of `hours`; 0 = hours count
     """
 
     target: str
@@ -89,6 +90,7 @@ class Recipe:
     features: tuple[int, ...] = ()
     prompts: str = ""
     seed: int = 0
+    anchors: int = 0
 
 
 @dataclass
@@ -125,7 +127,9 @@ class Pipeline:
         path = self.work / "recipe.json"
         mine = json.loads(json.dumps(asdict(self.recipe))) | {"file": self.target.name}  # a name may stand for several
         if path.exists():
-            found = {"file": self.target.name} | json.loads(path.read_text())  # earlier versions did not say
+            found = {"file": self.target.name, "anchors": 0} | json.loads(
+                path.read_text()
+            )  # earlier versions did not say
             # Time and text may grow from run to run; the rest makes another drafter.
             changed = [k for k in mine if k not in ("hours", "tokens") and found.get(k) != mine[k]]
             if changed:
@@ -265,14 +269,13 @@ class Pipeline:
         note = f"{corpus.positions:,} anchors; {coverage:.1%} of them in the draft vocabulary"
         self.report.begin("train", options.hours * 3600, trainer.progress.seconds, note)
         self._curve(trainer, held_out)
-        every = options.hours * 3600 / CURVE_POINTS
-        looked = seconds = trainer.progress.seconds
+        looked, seconds = trainer.done, trainer.progress.seconds
         try:
             for p in trainer.run(corpus, self.checkpoint):
                 self.report.advance(p.seconds - seconds, f"loss {p.loss:.3f}, first token accepted {p.accept:.0%}")
                 seconds = p.seconds
-                if seconds - looked > every:
-                    looked = seconds
+                if trainer.done - looked > 1 / CURVE_POINTS:
+                    looked = trainer.done
                     self._curve(trainer, held_out)
                 self._look_at_the_clock()
         except (KeyboardInterrupt, OutOfTime):
@@ -311,7 +314,7 @@ class Pipeline:
         if start is not None:
             _take_over(model, start, self.target)
         model.to(training_device())
-        options = TrainOptions(hours=self.recipe.hours, seed=self.recipe.seed)
+        options = TrainOptions(self.recipe.hours, self.recipe.anchors, seed=self.recipe.seed)
         if corpus.together > 1:  # an accelerator: many documents a pass, each position an anchor, and rows cost little
             options = replace(options, documents=corpus.together, anchors=512, short_share=0.1)
         softcap = read_header(self.target).of_model("final_logit_softcapping")

@@ -39,11 +39,13 @@ class TrainOptions:
     """How to train.
 
     hours:        the cosine schedule's length; a resumed run goes on where it was
+    budget:       the schedule's length in anchors instead, which no busy neighbour shortens; 0 = hours count
     documents:    per step;  anchors: per document (most are shorter: then every position is one)
     short_share:  share of the time spent on blocks of `short_rows`
     """
 
     hours: float = 1.0
+    budget: int = 0
     documents: int = 8
     anchors: int = 192
     short_share: float = 0.4
@@ -137,7 +139,8 @@ class Trainer:
     @property
     def done(self) -> float:
         """Share of the schedule that is behind us, 0 to 1."""
-        return min(1.0, self.progress.seconds / (self.options.hours * 3600))
+        p, options = self.progress, self.options
+        return min(1.0, p.positions / options.budget if options.budget else p.seconds / (options.hours * 3600))
 
     @property
     def rows(self) -> int:

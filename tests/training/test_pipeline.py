@@ -138,6 +138,20 @@ def test_a_finished_training_says_so_again_and_goes_on_when_asked_for_more(train
     assert json.loads((trained / "curve.jsonl").read_text().splitlines()[-1])["positions"] > before
 
 
+def test_a_budget_of_anchors_is_kept_whatever_the_machine_does(
+    trained: Path, tiny_target: Path, tmp_path: Path
+) -> None:
+    for name in ("documents.jsonl", "features"):
+        (tmp_path / name).symlink_to(trained / name)
+    recipe = Recipe("tiny", block=3, rank=8, vocabulary=512, hours=1e-9, through="torch", anchors=2000)
+    silent = SimpleNamespace(begin=lambda *a: None, advance=lambda *a: None, end=lambda: None)
+    trainer, _ = Pipeline(tiny_target, tmp_path, recipe, silent).train()  # type: ignore[arg-type]
+    curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    most = trainer.options.documents * trainer.options.anchors  # of the step that reaches the budget
+    assert 2000 <= curve[-1]["positions"] == trainer.progress.positions < 2000 + most
+    assert len(curve) > 2, "the way there is told too"
+
+
 def test_another_recipe_needs_another_folder(trained: Path, tiny_target: Path) -> None:
     result = train(tiny_target, trained, "--block", "4")
     assert result.exit_code == 1  # type: ignore[attr-defined]
