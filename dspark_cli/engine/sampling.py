@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from dspark_cli.backends.base import Draft, FloatArray, IntArray
 from dspark_cli.engine.rounds import SamplingOptions
@@ -76,11 +77,9 @@ def _largest(row: FloatArray, count: int) -> IntArray:
 
 
 GOLDEN, FIRST, SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-RARE = (
-    2.0**-12
-)  # of the likeliest token's probability: tokens below it race as one, and another number tells which it is
+RARE = 2.0**-12  # of the likeliest token's probability: tokens below it race as one, and among themselves if that wins
 ALONE = 1e3  # stands for the gap to a second token where there is none
-TOGETHER, WHICH = 1 << 32, (1 << 32) + 1  # the numbers of those two, beyond any token's id
+TOGETHER = 1 << 32  # the number by which they do, beyond any token's id
 
 
 def uniforms(key: int, ids: IntArray) -> FloatArray:
@@ -102,21 +101,27 @@ def race(probs: FloatArray, key: int, ids: IntArray | None = None) -> tuple[int,
 
     ids: tokens [W] that `probs` are of; None = 0, 1, 2, ...
     """
-    runners = np.flatnonzero(probs > RARE * probs.max())
+    common = probs > RARE * probs.max()
+    runners = np.flatnonzero(common)
     rates = probs[runners].astype(np.float64)
-    tokens = runners if ids is None else ids[runners]
     rest = float(probs.sum(dtype=np.float64)) - float(rates.sum())
+    tokens = runners if ids is None else ids[runners]
     if rest > 1e-9:  # else it is what rounding left over
         tokens, rates = np.append(tokens, TOGETHER), np.append(rates, rest)
-    times = -np.log(uniforms(key, tokens)) / rates
-    first = int(times.argmin())
-    gap = ALONE if len(times) == 1 else float(np.log(np.partition(times, 1)[1] / times[first]))
+    first, gap = _first(tokens, rates, key)
     if first < len(runners):
         return int(tokens[first]), gap
-    others = probs.copy()
-    others[runners] = 0.0
-    at = draw(others, float(uniforms(key, np.array([WHICH]))[0]))
-    return at if ids is None else int(ids[at]), gap
+    rare = np.flatnonzero(~common & (probs > 0))  # their own numbers were not used yet
+    tokens = rare if ids is None else ids[rare]
+    first, among = _first(tokens, probs[rare].astype(np.float64), key)
+    return int(tokens[first]), min(gap, among)
+
+
+def _first(tokens: IntArray, rates: npt.NDArray[np.float64], key: int) -> tuple[int, float]:
+    """Index of who arrives first, and the gap to the second."""
+    times = -np.log(uniforms(key, tokens)) / rates
+    first = int(times.argmin())
+    return first, ALONE if len(times) == 1 else float(np.log(np.partition(times, 1)[1] / times[first]))
 
 
 def draw(probs: FloatArray, uniform: float) -> int:
