@@ -60,11 +60,7 @@ class StandaloneDrafter(Drafter):
 
         (Were it the probability of the drawn token, a schedule that looks at it would bias the output.)
         """
-        if request.choose is None:
-            token = int(row.argmax())
-            confidence.append(float(1.0 / np.exp(row - row[token]).sum()))
-            return token
-        token, prob = request.choose(row, drafted, None)
+        token, prob = (row.argmax(), None) if request.choose is None else request.choose(row, drafted, None)
         if prob is None:
             confidence.append(float(1.0 / np.exp(row - row.max()).sum()))
         else:

@@ -56,7 +56,8 @@ class _Quiet:
 
 def train(target: Path, shared: Path, recipe: Recipe) -> tuple[Drafter, list[dict[str, Any]]]:
     """A drafter trained by `recipe` on the texts in `shared`, and its curve."""
-    work = shared / "compare" / f"{recipe.kind}-{recipe.seed}"
+    budget = f"{recipe.anchors} anchors" if recipe.anchors else f"{recipe.hours:g} hours"
+    work = shared / "compare" / budget / f"{recipe.kind}-{recipe.seed}"
     work.mkdir(parents=True, exist_ok=True)
     for name in ("documents.jsonl", "features"):
         if not (work / name).exists():

@@ -124,7 +124,8 @@ class Guard:
         """Stop speculating. `rate`: speed over plain decoding;  `how`: "expected" or "observed";  `trial`: what the next trial
         will take, in plain tokens, if none was made yet."""
         self.active = self._probing = False
-        self._rate, self.reason = rate, f"{rate:.2f}x {how}"
+        unsure = ", too little seen to be sure" if rate >= 1.0 else ""  # watched as long as it may be
+        self._rate, self.reason = rate, f"{rate:.2f}x {how}{unsure}"
         spent, self._spent = self._spent or trial, 0.0
         self._price, self._waited = spent, 0
         longest = min(self.longest_wait, int(spent / TRIAL_SHARE)) if spent else self.longest_wait

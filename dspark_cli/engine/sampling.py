@@ -82,13 +82,13 @@ ALONE = 1e3  # stands for the gap to a second token where there is none
 TOGETHER = 1 << 32  # the number by which they do, beyond any token's id
 
 
-def uniforms(key: int, ids: IntArray) -> FloatArray:
+def uniforms(key: int, ids: IntArray) -> npt.NDArray[np.float64]:
     """float64 in (0, 1), one for each of `ids`: the numbers that SplitMix64 gives from the state `key` on, by index."""
     z = np.uint64(key) + ids.astype(np.uint64) * GOLDEN
     z = (z ^ (z >> np.uint64(30))) * FIRST
     z = (z ^ (z >> np.uint64(27))) * SECOND
     z ^= z >> np.uint64(31)
-    return ((z >> np.uint64(12)) + 0.5) * 2.0**-52
+    return ((z >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def race(probs: FloatArray, key: int, ids: IntArray | None = None) -> tuple[int, float]:

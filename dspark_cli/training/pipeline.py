@@ -127,9 +127,8 @@ class Pipeline:
         path = self.work / "recipe.json"
         mine = json.loads(json.dumps(asdict(self.recipe))) | {"file": self.target.name}  # a name may stand for several
         if path.exists():
-            found = {"file": self.target.name, "anchors": 0} | json.loads(
-                path.read_text()
-            )  # earlier versions did not say
+            unsaid = {"file": self.target.name, "anchors": 0}  # by earlier versions
+            found = unsaid | json.loads(path.read_text())
             # Time and text may grow from run to run; the rest makes another drafter.
             changed = [k for k in mine if k not in ("hours", "tokens") and found.get(k) != mine[k]]
             if changed:
