@@ -370,6 +370,13 @@ class TestGuard:
         assert guard._left > 20
         assert guard._left == pytest.approx(guard._halved * 2, abs=1)
 
+    def test_a_dear_trial_that_succeeds_is_a_success(self) -> None:
+        """Weights that were not read for long, many features that waited: one look can take all that a trial may."""
+        guard = Guard()
+        guard.observe(3.5, 4.0, 2.5, spent=2.9)
+        assert guard.active
+        assert not guard.probing
+
     def test_a_trial_that_watches_takes_a_bounded_share_of_the_time(self) -> None:
         guard, spent, rounds = Guard(), 0.0, 0
         while rounds < 20_000:

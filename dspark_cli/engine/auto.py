@@ -34,7 +34,7 @@ PLAIN_EVERY = 32  # ... then so many rounds at most go by without a plain one to
 WORTH = (
     1.03  # speed over not verifying that a draft must promise: less is within what costs and confidences are wrong by
 )
-TRUSTED = 1.05  # a drafter that gained this much in earlier runs, at this machine's costs, gets more patience
+TRUSTED = 1.15  # a drafter that gained this much in earlier runs, at this machine's costs, need not be tried out first
 HOPELESS = 0.95  # one that would have lost this much is parked before its first pass
 QUICK_WAIT = 4  # rounds parked at first: a quick draft's first token is judged by the bonus token for free
 UNKNOWN = "not known yet to pay"  # why nothing is verified while the drafter is watched for the first time
@@ -69,7 +69,7 @@ class AutoSchedule(Schedule):
         self._guard = guard
         self._regimes: dict[int, Regime] = {}
         self._now = self._regime(1)
-        self._plan = Plan(1, 0.0, (), np.zeros(1), 0.0, 1.0, 1.0)
+        self._plan = Plan(1, 0.0, (), lambda: np.zeros(1), 0.0, 1.0, 1.0)
         self._recent: deque[Array] = deque(maxlen=48)  # survivals [k] of drafts that passes made
         self._pass_sources: set[str] = set()
         self._smooth: tuple[Array, int] = (NOTHING, 0)
@@ -113,12 +113,20 @@ class AutoSchedule(Schedule):
     def block(self, limits: Sequence[int], depth: float) -> list[int]:
         shared = len(limits)
         self._now = self._regime(shared)
-        verify = self.costs.verify_ms(shared, depth, shared + sum(limits))[shared:]
-        alone = float(verify[0])
+        alone = self.costs.verify_at(shared, depth, shared)
         plain = alone + self.costs.own_ms
         tokens, cost = self._now.past
         rate = max(1.0, (tokens + 1.0) / (cost + 1.0))  # plain decoding's, or that of recent rounds if it is better
-        self._plan = Plan(shared, depth, limits, verify, alone, plain, worth=shared * rate / plain)
+        most = shared + sum(limits)
+        self._plan = Plan(
+            shared,
+            depth,
+            limits,
+            lambda: self.costs.verify_ms(shared, depth, most)[shared:],
+            alone,
+            plain,
+            worth=shared * rate / plain,
+        )
         return list(limits)
 
     def passes(self, blocks: Sequence[int], quick: Sequence[Draft]) -> list[int]:
@@ -329,7 +337,8 @@ class AutoSchedule(Schedule):
 
     def observe(self, outcomes: Sequence[Outcome], times: Times) -> None:
         plan, costs, shared = self._plan, self.costs, len(outcomes)
-        cost = float(plan.verify[plan.verified] - plan.alone + plan.plain + plan.pass_ms) / plan.plain
+        extra = plan.extra_ms / plan.plain
+        cost = 1.0 + extra + plan.pass_ms / plan.plain
         brought = 1.0 + sum(o.accepted for o in outcomes) / shared
         now = self._now
         now.past = (now.past[0] * FADE + brought, now.past[1] * FADE + cost)
@@ -340,7 +349,11 @@ class AutoSchedule(Schedule):
         else:
             costs.observe_overhead(times.own)
         self._learn(
-            [(o, x) for i, (o, x) in enumerate(zip(outcomes, plan.logits, strict=True)) if i not in self._watched]
+            [
+                (o, x)
+                for i, (o, x) in enumerate(zip(outcomes, plan.logits, strict=True))
+                if o.judged and i not in self._watched
+            ]
         )
         if plan.passed:
             costs.observe_draft(plan.asked, plan.passed, plan.depth, times.draft)
@@ -348,7 +361,6 @@ class AutoSchedule(Schedule):
             # What it really took, with the features that waited.
             self._trial.spent = (times.draft + times.inject) / plan.plain
         if plan.passed and not self._watched:
-            extra = float(plan.verify[plan.verified] - plan.alone) / plan.plain
             self._count_pass(now, [o.draft for o in outcomes], plan.survival, plan.expected, extra)
             self.pass_guard.observe(plan.expected, brought, cost)
         else:
@@ -382,6 +394,8 @@ class AutoSchedule(Schedule):
 
     def _learn(self, judged: Sequence[tuple[Outcome, Array]]) -> None:
         """Outcomes with the logits they were judged by."""
+        if not judged:
+            return
         found: dict[str, list[tuple[Outcome, Array]]] = {}
         for outcome, x in judged:
             if outcome.judged and len(x):

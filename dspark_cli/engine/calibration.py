@@ -199,13 +199,17 @@ class OnlinePlatt:
         if not logits:
             return
         keep = (1.0 - 1.0 / self.memory) ** len(logits)
-        fresh, prior = 1.0 - keep, self._PRIOR
-        ss, sb, bb = (keep * old + fresh * new for old, new in zip(self._information, prior, strict=True))
+        fresh, (prior_slope, _, prior_offset) = 1.0 - keep, self._PRIOR
+        ss, sb, bb = self._information
+        ss, sb, bb = keep * ss + fresh * prior_slope, keep * sb, keep * bb + fresh * prior_offset
+        slope, offset = self.slope, self.offset
         # The prior pulls as much as it was topped up.
-        pull_slope, pull_offset = fresh * prior[0] * (1.0 - self.slope), -fresh * prior[2] * self.offset
+        pull_slope, pull_offset = fresh * prior_slope * (1.0 - slope), -fresh * prior_offset * offset
         for x, came in zip(logits, happened, strict=True):
-            p = 1.0 / (1.0 + math.exp(-self.slope * x - self.offset))
-            weight = max(p - p * p, 0.02)  # a very sure belief must still be able to turn
+            p = 1.0 / (1.0 + math.exp(-slope * x - offset))
+            weight = p - p * p
+            if weight < 0.02:  # a very sure belief must still be able to turn
+                weight = 0.02
             ss, sb, bb = ss + weight * x * x, sb + weight * x, bb + weight
             pull_slope, pull_offset = pull_slope + (came - p) * x, pull_offset + came - p
         determinant = ss * bb - sb * sb

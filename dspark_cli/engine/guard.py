@@ -113,12 +113,12 @@ class Guard:
         self._observed = min(self._observed * FADE + observed - cost, late)
         if self._expected < -soon and self._observed < 0.0:  # what came may refute a belief that is too low
             self.park(self._tokens / self._cost, "expected")
+        elif self._probing and self._expected >= soon and self._observed >= 0.0:
+            self._probing, self._wait, self._spent = False, self.first_wait, 0.0
         elif self._observed < -late or (
             self._probing and self._spent > self.patience[0]
         ):  # ... nor be watched for ever
             self.park(max(0.0, 1.0 + self._observed / self._cost), "observed")
-        elif self._probing and self._expected >= soon and self._observed >= 0.0:
-            self._probing, self._wait, self._spent = False, self.first_wait, 0.0
 
     def park(self, rate: float, how: str, *, trial: float = 0.0) -> None:
         """Stop speculating. `rate`: speed over plain decoding;  `how`: "expected" or "observed";  `trial`: what the next trial

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dspark_cli.engine.admission import Array
@@ -13,7 +13,8 @@ from dspark_cli.engine.guard import Guard
 class Plan:
     """One round on its way from `block` to `observe`.
 
-    verify: ms [1 + all limits] of a pass with 0, 1, ... draft tokens;  alone: its first;  plain: ms of a round without any
+    curve:  computes `verify`, which most rounds of a parked drafter never ask for
+    alone:  ms of a pass without draft tokens;  plain: of a round without any
     worth:  tokens that all requests together make in a ms
     passed: the largest block that the drafter's pass drafts, 0 without a pass;  asked: for how many requests
     pass_ms: what that pass costs
@@ -22,7 +23,7 @@ class Plan:
     shared: int
     depth: float
     limits: Sequence[int]
-    verify: Array
+    curve: Callable[[], Array]
     alone: float
     plain: float
     worth: float
@@ -33,6 +34,19 @@ class Plan:
     logits: Sequence[Array] = ()
     expected: float = 1.0  # tokens per request
     verified: int = 0
+    _verify: Array | None = None
+
+    @property
+    def verify(self) -> Array:
+        """ms [1 + all limits] of a pass with 0, 1, ... draft tokens."""
+        if self._verify is None:
+            self._verify = self.curve()
+        return self._verify
+
+    @property
+    def extra_ms(self) -> float:
+        """What the draft tokens that are verified add to the pass."""
+        return float(self.verify[self.verified]) - self.alone if self.verified else 0.0
 
     def round_ms(self, size: int) -> Array:
         """ms [size + 1] of the round by the number of draft tokens it verifies."""
