@@ -16,7 +16,7 @@ def write_tiny_target(path: Path, *, seed: int = 0) -> Path:
     """A llama of 4 layers and width 64; its embedding is its head, so it repeats tokens a little and stays varied."""
     import gguf
 
-    from dspark_cli.backends.llamacpp.export import _metadata
+    from dspark_cli.backends.llamacpp.export import stored_metadata
 
     source = synthetic.target_path()
     generator = np.random.default_rng(seed)
@@ -32,7 +32,7 @@ def write_tiny_target(path: Path, *, seed: int = 0) -> Path:
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(synthetic.N_VOCAB)
     writer.add_file_type(0)
-    for key, value in _metadata(source, source.stat().st_mtime_ns).items():
+    for key, value in stored_metadata(source).items():
         if key.startswith("tokenizer."):
             writer.add_key_value(key, value.content, value.types[0], *value.types[1:2])
 

@@ -103,7 +103,7 @@ def write_drafter_gguf(
     import gguf
 
     check_file(Path(target_gguf))
-    target = _metadata(Path(target_gguf), Path(target_gguf).stat().st_mtime_ns)
+    target = stored_metadata(Path(target_gguf))
     n_vocab = _check_target(spec, target, Path(target_gguf).name)
     ready = _collect(tensors, spec, n_vocab)
 
@@ -127,34 +127,40 @@ def write_drafter_gguf(
 
 
 @dataclass(frozen=True)
-class _Value:
+class StoredValue:
     """A metadata value with what it takes to write it again."""
 
     content: Any
     types: tuple[Any, ...]
 
 
-@lru_cache(maxsize=1)  # reading a vocabulary takes seconds; drafters for one target are often written in a row
-def _metadata(path: Path, changed_ns: int) -> dict[str, _Value]:
-    """The metadata of a GGUF. `changed_ns` (its modification time) is part of the cache's key."""
+def stored_metadata(path: Path) -> dict[str, StoredValue]:
+    """All metadata of a GGUF, vocabulary included (`header.read_header` is quick, and without). Raises DsparkError."""
+    return _metadata(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=2)  # reading a vocabulary takes seconds; drafters for one target are often written in a row
+def _metadata(path: Path, changed_ns: int) -> dict[str, StoredValue]:
     import gguf
+
+    del changed_ns
 
     try:
         fields = gguf.GGUFReader(path).fields.values()
     except (ValueError, IndexError) as error:
         raise DsparkError(f"{path} cannot be read as GGUF: {error}") from None
     return {
-        field.name: _Value(field.contents(), tuple(field.types))
+        field.name: StoredValue(field.contents(), tuple(field.types))
         for field in fields
         if not field.name.startswith("GGUF.")
     }
 
 
-def _value(metadata: Mapping[str, _Value], key: str) -> Any:
+def _value(metadata: Mapping[str, StoredValue], key: str) -> Any:
     return metadata[key].content if key in metadata else None
 
 
-def _check_target(spec: DrafterSpec, target: Mapping[str, _Value], name: str) -> int:
+def _check_target(spec: DrafterSpec, target: Mapping[str, StoredValue], name: str) -> int:
     """Refuse a target the drafter cannot belong to; returns the size of its vocabulary."""
     arch = _value(target, "general.architecture")
     hidden, n_layer = _value(target, f"{arch}.embedding_length"), _value(target, f"{arch}.block_count")
@@ -250,7 +256,9 @@ def _check_d2t(d2t: npt.NDArray[Any], n_vocab: int) -> None:
         raise DsparkError(f"d2t must hold different ids from 0 to {n_vocab - 1}, one for each draft token")
 
 
-def _write_metadata(writer: Any, spec: DrafterSpec, target: Mapping[str, _Value], n_vocab: int, quant: str) -> None:
+def _write_metadata(
+    writer: Any, spec: DrafterSpec, target: Mapping[str, StoredValue], n_vocab: int, quant: str
+) -> None:
     import gguf
 
     arch = _value(target, "general.architecture")

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dspark_cli.backends.base import FloatArray
 from dspark_cli.backends.errors import DsparkError
-from dspark_cli.backends.llamacpp.header import read_header
+from dspark_cli.backends.llamacpp.header import Header, read_header, read_tensor
 from dspark_cli.backends.torch.config import DrafterConfig
 from dspark_cli.backends.torch.layers import Attend, DecoderLayer, RMSNorm, Rope, Rotary, attention
 
@@ -153,19 +152,20 @@ def untranslated(path: Path) -> str:
 
 def load_gguf_model(path: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> GgufModel:
     """The target in `path`, dequantized to `dtype`. Raises DsparkError for one that is not of these blocks alone."""
-    import gguf
-
     if reason := untranslated(path):
         raise DsparkError(reason, hint="llama.cpp runs the file as it is")
-    reader = gguf.GGUFReader(path)
-    meta = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-    arch = str(meta["general.architecture"])
-    arrays = {t.name: t for t in reader.tensors}
-    config = _config(meta, arch, int(arrays["token_embd.weight"].shape[1]))
+    header = read_header(path)
+    if "token_embd.weight" not in header.tensors:
+        raise DsparkError(f"{path.name} has no token_embd.weight, which a model has")
+    config = _config(header)
     with torch.device("meta"):
         model = GgufModel(config)
-    paired = ARCHITECTURES[arch][0]
-    weights = {_name(name): _weight(t, name, config, paired).to(dtype) for name, t in arrays.items() if _name(name)}
+    paired = ARCHITECTURES[header.architecture][0]
+    weights = {
+        _name(name): _weight(read_tensor(path, info), name, config, paired).to(dtype)
+        for name, info in header.tensors.items()
+        if _name(name)
+    }
     weights.setdefault("lm_head.weight", weights["embed_tokens.weight"])
     missing = sorted(set(model.state_dict()) - set(weights))
     if missing:
@@ -175,10 +175,8 @@ def load_gguf_model(path: Path, *, dtype: torch.dtype = torch.float32, device: s
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def _config(meta: dict[str, Any], arch: str, n_vocab: int) -> DrafterConfig:
-    def value(key: str, default: Any = None) -> Any:
-        return meta.get(f"{arch}.{key}", default)
-
+def _config(header: Header) -> DrafterConfig:
+    value, n_vocab = header.of_model, header.tensors["token_embd.weight"].shape[0]
     hidden, heads = value("embedding_length"), value("attention.head_count")
     return DrafterConfig(
         kind="target",
@@ -197,7 +195,7 @@ def _config(meta: dict[str, Any], arch: str, n_vocab: int) -> DrafterConfig:
         rms_norm_eps=value("attention.layer_norm_rms_epsilon", 1e-6),
         rope_theta=value("rope.freq_base", 10000.0),
         max_position_embeddings=value("context_length", 4096),
-        qk_norm=ARCHITECTURES[arch][1],
+        qk_norm=ARCHITECTURES[header.architecture][1],
     )
 
 
@@ -214,10 +212,8 @@ def _name(gguf_name: str) -> str:
     return f"layers.{number}.{_LAYER_NAMES[what]}.weight" if what in _LAYER_NAMES and kind == ["weight"] else ""
 
 
-def _weight(tensor: Any, name: str, config: DrafterConfig, paired: bool) -> Tensor:
-    import gguf
-
-    array = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+def _weight(stored: FloatArray, name: str, config: DrafterConfig, paired: bool) -> Tensor:
+    array = torch.from_numpy(stored)
     if paired and name.endswith(("attn_q.weight", "attn_k.weight")):
         # llama.cpp turns neighbours (2i, 2i+1) of a head, our rotary turns (i, i + D/2): put the rows back.
         half = config.head_dim // 2

@@ -40,6 +40,10 @@ def train(
     hours: Annotated[
         float, typer.Option(min=0.001, help="Hours of training proper (of a CPU: of all its threads).")
     ] = 1.0,
+    anchors: Annotated[
+        int,
+        typer.Option(min=0, help="Positions to train on, instead of --hours: the same on a quick and a busy machine."),
+    ] = 0,
     tokens: Annotated[int, typer.Option(min=1000, help="Tokens of text that the target writes for it.")] = 500_000,
     max_hours: Annotated[
         float | None, typer.Option(help="Stop after so many hours of this run; the next one goes on.")
@@ -81,7 +85,7 @@ def train(
 
     prepare_process(threads)
     recipe = Recipe(
-        name, drafter, layers, block, rank, vocab, head, hours, tokens, through, (), str(prompts or ""), seed
+        name, drafter, layers, block, rank, vocab, head, hours, tokens, through, (), str(prompts or ""), seed, anchors
     )
     with _Bars(recipe) as bars:
         try:

@@ -23,6 +23,7 @@ import torch
 
 from dspark_cli.backends.base import BadInput, DsparkError, NotReady
 from dspark_cli.backends.llamacpp.context import ContextOptions
+from dspark_cli.backends.llamacpp.export import stored_metadata
 from dspark_cli.backends.llamacpp.header import read_header
 from dspark_cli.backends.llamacpp.quants import Formats
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
@@ -51,8 +52,8 @@ BYTES_PER_TOKEN = 5  # of documents.jsonl
 SAVE_DOCUMENTS = 16  # written to disk at once
 CURVE_POINTS = 24  # of a run: how often held-out acceptance is looked at
 EVALUATED = 12  # held-out dialogues that are decoded for real
-ROWS = 256  # texts that torch writes at once on a CPU: enough for full matrix products
-ROWS_AT_MOST = 2048  # the same on an accelerator, where memory allows
+ROWS = (32, 256)  # texts that torch writes at once on a CPU, at least and at most: enough for full matrix products
+ROWS_ON_ACCELERATOR = 2048  # at most there, where memory allows
 TOGETHER_AT_MOST = 64  # documents of one training pass on an accelerator
 COPIES = 10  # of a block's logits, in float32, that the loss and its gradient keep at their peak
 
@@ -127,10 +128,10 @@ class Pipeline:
         path = self.work / "recipe.json"
         mine = json.loads(json.dumps(asdict(self.recipe))) | {"file": self.target.name}  # a name may stand for several
         if path.exists():
-            unsaid = {"file": self.target.name, "anchors": 0}  # by earlier versions
+            unsaid = {"file": self.target.name}  # by earlier versions
             found = unsaid | json.loads(path.read_text())
             # Time and text may grow from run to run; the rest makes another drafter.
-            changed = [k for k in mine if k not in ("hours", "tokens") and found.get(k) != mine[k]]
+            changed = [k for k in mine if k not in ("hours", "anchors", "tokens") and found.get(k) != mine[k]]
             if changed:
                 what = ", ".join(f"{k} {found.get(k)!r}, now {mine[k]!r}" for k in changed)
                 raise DsparkError(f"{self.work} was begun with another recipe: {what}", hint="another --work folder")
@@ -194,10 +195,10 @@ class Pipeline:
         device = training_device()
         dtype = torch.bfloat16 if quick_bfloat16(device) else torch.float32
         model = load_gguf_model(self.target, dtype=dtype, device=device)
-        rows = ROWS
-        if device.type == "cuda":
-            most = rows_for(self.recipe.tokens, options.longest)
-            rows = fitting(Columns.bytes_per_row(model, options.longest), most)
+        on_cuda = device.type == "cuda"
+        rows = rows_for(self.recipe.tokens, options.longest, ROWS_ON_ACCELERATOR if on_cuda else ROWS[1])
+        if on_cuda:
+            rows = fitting(Columns.bytes_per_row(model, options.longest), rows)
         return BatchWriter(model, frame, first_words, options, rows).documents()
 
     def _first_words(self, target: LlamaCppTarget, seed: int) -> Iterator[list[int]]:
@@ -264,15 +265,14 @@ class Pipeline:
                 hint="more --tokens",
             )
         trainer, coverage = self._trainer(corpus, start)
-        options = trainer.options
         note = f"{corpus.positions:,} anchors; {coverage:.1%} of them in the draft vocabulary"
-        self.report.begin("train", options.hours * 3600, trainer.progress.seconds, note)
+        self.report.begin("train", trainer.schedule, trainer.spent, note)
         self._curve(trainer, held_out)
-        looked, seconds = trainer.done, trainer.progress.seconds
+        looked, spent = trainer.done, trainer.spent
         try:
             for p in trainer.run(corpus, self.checkpoint):
-                self.report.advance(p.seconds - seconds, f"loss {p.loss:.3f}, first token accepted {p.accept:.0%}")
-                seconds = p.seconds
+                self.report.advance(trainer.spent - spent, f"loss {p.loss:.3f}, first token accepted {p.accept:.0%}")
+                spent = trainer.spent
                 if trainer.done - looked > 1 / CURVE_POINTS:
                     looked = trainer.done
                     self._curve(trainer, held_out)
@@ -454,10 +454,8 @@ def _mask_token(target: Path) -> int:
     """A token that texts do not hold: a reserved one, else the padding token, else the last one."""
     import gguf
 
-    metadata = read_header(target).metadata
-    fields = gguf.GGUFReader(target).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    kinds = fields["tokenizer.ggml.token_type"].contents() if "tokenizer.ggml.token_type" in fields else []
+    metadata = {key: value.content for key, value in stored_metadata(target).items()}
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
     ends = {metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "bos", "padding", "unknown")}
     special = [i for i, kind in enumerate(kinds) if kind == gguf.TokenType.CONTROL and i not in ends]
     return special[-1] if special else int(metadata.get("tokenizer.ggml.padding_token_id", len(tokens) - 1))
@@ -520,9 +518,9 @@ def kept(work: Path) -> Iterator[None]:
         ) from None
 
 
-def rows_for(tokens: int, longest: int) -> int:
+def rows_for(tokens: int, longest: int, most: int) -> int:
     """Texts to write at once for `tokens` in all: each row writes several, for what is finished first is short."""
-    return min(ROWS_AT_MOST, max(ROWS, tokens // (4 * longest)))
+    return min(most, max(ROWS[0], tokens // (4 * longest)))
 
 
 def fitting(each: int, most: int) -> int:

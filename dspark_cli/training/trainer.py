@@ -139,8 +139,17 @@ class Trainer:
     @property
     def done(self) -> float:
         """Share of the schedule that is behind us, 0 to 1."""
-        p, options = self.progress, self.options
-        return min(1.0, p.positions / options.budget if options.budget else p.seconds / (options.hours * 3600))
+        return min(1.0, self.spent / self.schedule)
+
+    @property
+    def schedule(self) -> float:
+        """Its length: anchors, or seconds."""
+        return self.options.budget or self.options.hours * 3600
+
+    @property
+    def spent(self) -> float:
+        """What is behind us, in the same unit."""
+        return self.progress.positions if self.options.budget else self.progress.seconds
 
     @property
     def rows(self) -> int:

@@ -21,12 +21,13 @@ class Silent:
 
 
 @pytest.fixture(scope="module")
-def untrained(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Corpus]:
+def untrained(tiny_target: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Corpus]:
     """A drafter as training begins with it, and all documents but the held-out ones."""
+    work = tmp_path_factory.mktemp("confidence")
+    for name in ("documents.jsonl", "features"):
+        (work / name).symlink_to(trained / name)
     recipe = Recipe("tiny", block=3, rank=8, vocabulary=512, tokens=12_000, through="torch")
-    pipeline = Pipeline(tiny_target, tmp_path_factory.mktemp("confidence"), recipe, Silent())
-    pipeline.generate()
-    pipeline.read()
+    pipeline = Pipeline(tiny_target, work, recipe, Silent())
     corpus = Corpus.stored(pipeline._cache(), held_out=False)
     trainer, _ = pipeline._trainer(corpus, None)
     return trainer, corpus

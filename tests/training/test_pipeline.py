@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_training import ARGUMENTS, train
 from typer.testing import CliRunner
 
 from dspark_cli.backends.base import DraftRequest, DsparkError, Row
@@ -34,36 +35,6 @@ from dspark_cli.training.pipeline import Pipeline, Recipe, rows_for, spread_laye
 from dspark_cli.training.trainer import Trainer
 
 NEAR_TIE = 0.01  # logits of float32 weights: sums in another order
-ARGUMENTS = [
-    "--tokens",
-    "12000",
-    "--hours",
-    "0.002",
-    "--block",
-    "3",
-    "--rank",
-    "8",
-    "--vocab",
-    "512",
-    "--through",
-    "torch",
-]
-
-
-def train(target: Path, work: Path, *more: str) -> object:
-    arguments = ["train", str(target), "--work", str(work), *ARGUMENTS, *more]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["dspark", *arguments])  # what a shell would have given: the recipe quotes it
-        return CliRunner().invoke(app, arguments)
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The work folder of a finished DSpark training, its drafter as d.gguf in it."""
-    work = tmp_path_factory.mktemp("train") / "work"
-    result = train(tiny_target, work, "--out", str(work / "d.gguf"))
-    assert result.exit_code == 0, result.output  # type: ignore[attr-defined]
-    return work
 
 
 def test_it_learns_and_leaves_everything_a_drafter_needs(trained: Path, tiny_target: Path) -> None:
@@ -132,7 +103,7 @@ def margin(model: DSpark, drafter: DSparkDrafter, request: DraftRequest, positio
 
 def test_a_finished_training_says_so_again_and_goes_on_when_asked_for_more(trained: Path, tiny_target: Path) -> None:
     before = json.loads((trained / "curve.jsonl").read_text().splitlines()[-1])["positions"]
-    result = train(tiny_target, trained, "--out", str(trained / "d.gguf"), "--hours", "0.003", "--json")
+    result = train(tiny_target, trained, "--out", str(trained / "d.gguf"), "--anchors", "40000", "--json")
     assert result.exit_code == 0, result.output  # type: ignore[attr-defined]
     assert json.loads(result.stdout)["drafter"].endswith("d.gguf")  # type: ignore[attr-defined]
     assert json.loads((trained / "curve.jsonl").read_text().splitlines()[-1])["positions"] > before
@@ -174,7 +145,7 @@ def test_on_an_accelerator_nothing_is_stored_and_the_target_reads_along_the_way(
     """Driven here with the CPU in its place: what differs there is the path, not the numbers."""
     monkeypatch.setattr("dspark_cli.training.pipeline.Pipeline.live", True)
     work = tmp_path / "live"
-    result = train(tiny_target, work, "--documents", str(trained / "documents.jsonl"))
+    result = train(tiny_target, work, "--anchors", "15000", "--documents", str(trained / "documents.jsonl"))
     assert result.exit_code == 0, result.output  # type: ignore[attr-defined]
     assert not (work / "features").exists()
     curve = [json.loads(line) for line in (work / "curve.jsonl").read_text().splitlines()]
@@ -187,7 +158,7 @@ def test_on_an_accelerator_nothing_is_stored_and_the_target_reads_along_the_way(
 def test_the_other_drafters_train_too(tiny_target: Path, trained: Path, tmp_path: Path, kind: str) -> None:
     work = tmp_path / kind
     documents = ["--documents", str(trained / "documents.jsonl")]
-    result = train(tiny_target, work, "--drafter", kind, *documents)
+    result = train(tiny_target, work, "--drafter", kind, "--anchors", "15000", *documents)
     assert result.exit_code == 0, result.output  # type: ignore[attr-defined]
     curve = [json.loads(line) for line in (work / "curve.jsonl").read_text().splitlines()]
     assert curve[-1]["expected_tau"] > curve[0]["expected_tau"]
@@ -195,7 +166,7 @@ def test_the_other_drafters_train_too(tiny_target: Path, trained: Path, tmp_path
     assert made.is_dir() == (kind == "eagle3")
 
 
-@pytest.mark.parametrize("seconds", [5.0, 12.0])
+@pytest.mark.parametrize("seconds", [5.0, 10.0])
 def test_killed_at_any_moment_the_same_command_goes_on(tiny_target: Path, tmp_path: Path, seconds: float) -> None:
     work = tmp_path / "work"
     command = [sys.executable, "-m", "dspark_cli", "train", str(tiny_target), "--work", str(work), *ARGUMENTS]
@@ -377,9 +348,10 @@ def test_prompts_of_the_user_open_the_user_turns(tiny_target: Path, tmp_path: Pa
 
 def test_a_short_order_is_not_written_by_more_rows_than_it_has_texts() -> None:
     """Of 2048 texts begun at once, the first 500 000 tokens that are finished would be the short ones."""
-    assert rows_for(8_300_000, 566) == 2048
-    assert 256 <= rows_for(500_000, 566) < 500_000 / 566
-    assert rows_for(1000, 566) == 256
+    assert rows_for(8_300_000, 566, 2048) == 2048
+    assert rows_for(8_300_000, 566, 256) == 256
+    assert 200 <= rows_for(500_000, 566, 2048) < 500_000 / 566
+    assert rows_for(1000, 566, 256) == 32
 
 
 def test_layers_are_spread_over_what_can_be_read() -> None:
