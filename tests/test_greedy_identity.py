@@ -21,11 +21,11 @@ TOKENS = 200
 #: drafter and policy, and with how many of the prompts: all with what people get who choose nothing
 ARMS = {
     "auto auto": 30,
-    "dspark fixed:4": 15,
-    "lookup threshold:0.5": 15,
-    "lookup fixed:4": 15,
-    "lookup fixed:16": 15,
-    "small fixed:3": 10,
+    "dspark fixed:4": 10,
+    "lookup threshold:0.5": 10,
+    "lookup fixed:4": 10,
+    "lookup fixed:16": 6,
+    "small fixed:3": 8,
 }
 
 pytestmark = pytest.mark.slow

@@ -162,7 +162,10 @@ class Trainer:
         return 0.1 + 0.8 * min(1.0, max(0.0, (self.done - 0.5) / 0.3))
 
     def step(self, examples: Iterable[Example]) -> None:
-        """One step of the optimisers on the mean loss of all documents."""
+        """One step of the optimisers on the mean loss of all documents.
+
+        Raises DsparkError, with the weights as they were, where loss or gradients are no numbers.
+        """
         began = _clock(self.device)
         self._set_rates()
         totals, firsts, counts, positions = [], [], [], []
@@ -176,13 +179,19 @@ class Trainer:
             positions.append(example.kept.sum())
         loss = torch.stack(totals).sum() / sum(counts)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        value = float(loss.detach())
+        if not math.isfinite(value + float(norm)):
+            raise DsparkError(
+                f"training diverged in step {self.progress.steps + 1}: loss {value:g}, gradient norm {float(norm):g}",
+                hint="the same command goes on from the last checkpoint; another --seed draws other texts",
+            )
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         seen = int(torch.stack(positions).sum())
         accept = float(torch.stack(firsts).sum()) / max(1, seen)
-        self._count(_clock(self.device) - began, float(loss.detach()), accept, seen)
+        self._count(_clock(self.device) - began, value, accept, seen)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 products where the machine has them; weights and optimisers stay float32."""

@@ -1,12 +1,15 @@
-"""The confidence head is fitted on documents the drafter never saw, and is left alone where that does not help."""
+"""A trainer refuses a step that is no number; the confidence head is fitted on documents the drafter never saw, and left alone
+where that does not help."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from dspark_cli.backends.base import DsparkError
 from dspark_cli.backends.torch.dspark import DSpark
 from dspark_cli.training.confidence import fit_confidence
 from dspark_cli.training.corpus import Corpus
@@ -72,3 +75,13 @@ def test_a_head_that_does_better_already_is_kept(
 def test_too_few_documents_change_nothing(untrained: tuple[Trainer, Corpus]) -> None:
     trainer, corpus = untrained
     assert fit_confidence(trainer, corpus, corpus.stretches[:7]) is None
+
+
+def test_a_loss_that_is_no_number_leaves_the_weights_as_they_were(untrained: tuple[Trainer, Corpus]) -> None:
+    trainer, corpus = untrained
+    before = {name: value.clone() for name, value in trainer.weights().items()}
+    [example] = corpus.examples(corpus.stretches[:1], 16, np.random.default_rng(0))
+    example.features.fill_(float("nan"))
+    with pytest.raises(DsparkError, match="training diverged in step 1: loss nan"):
+        trainer.step([example])
+    assert all(torch.equal(value, before[name]) for name, value in trainer.weights().items())
