@@ -128,8 +128,9 @@ def compare(
 def table(found: dict[str, Any]) -> str:
     """Markdown: tau by drafter and temperature, with the spread over seeds, and the best fixed length's speed."""
     rows = [
-        "| drafter | anchors | minutes | tau greedy | tau at temperature 1 | greedy by kind | best fixed length | plain x |",
-        "|---|---|---|---|---|---|---|---|",
+        "| drafter | anchors | minutes | expected tau | tau greedy | tau at temperature 1 | greedy by kind | "
+        "best fixed length | plain x |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in DRAFTERS:
         names = [n for n in found["evaluations"] if n.startswith(f"{kind}-")]
@@ -137,8 +138,9 @@ def table(found: dict[str, Any]) -> str:
         kinds = ", ".join(f"{k} {fmean(_tau(found['evaluations'][n], k, 0.0) for n in names):.2f}" for k in KINDS_USED)
         speed, ends = found["speeds"][names[0]], [found["curves"][n][-1] for n in names]
         anchors, minutes = fmean(p["positions"] for p in ends), 60 * fmean(p["hours"] for p in ends)
+        expected = _spread([p["expected_tau"] for p in ends])
         rows.append(
-            f"| {kind} | {anchors:,.0f} | {minutes:.1f} | {_spread(taus[0.0])} | {_spread(taus[1.0])} | {kinds} | "
+            f"| {kind} | {anchors:,.0f} | {minutes:.1f} | {expected} | {_spread(taus[0.0])} | {_spread(taus[1.0])} | {kinds} | "
             f"{speed['best_length']} | {speed['ratio_to_plain']:.2f} |"
         )
     return "\n".join(rows) + "\n"
@@ -154,8 +156,14 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def plot(found: dict[str, Any]) -> str:
-    """Expected tau (teacher forced, held-out texts) against thousands of anchors."""
-    curves = {n: [(p["positions"] / 1000, p["expected_tau"]) for p in c] for n, c in found["curves"].items()}
+    """Expected tau (teacher forced, held-out texts, mean over seeds) against thousands of anchors."""
+    curves = {}
+    for kind in DRAFTERS:
+        seeds = [c for n, c in found["curves"].items() if n.startswith(f"{kind}-")]
+        together = zip(*seeds, strict=False)  # looked at after the same shares of the schedule
+        curves[kind] = [
+            (fmean(p["positions"] for p in at) / 1000, fmean(p["expected_tau"] for p in at)) for at in together
+        ]
     return standalone(lines("Held-out expected tau by anchors", curves, "thousand anchors", "tau", bottom=1.0))
 
 
