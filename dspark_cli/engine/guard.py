@@ -16,7 +16,7 @@ from math import sqrt
 
 FADE = 0.985  # share of an account that lasts to the next round
 TRIAL_SHARE = 0.005  # of the time until the next trial that one which only watches may take, once a few have failed
-FIRST_SHARE = 0.02  # the same after the first that fails
+FIRST_SHARE = 0.0125  # the same after the first that fails; twice that if what little was seen was good
 NEAR = 0.9  # a speed over plain decoding that another text may well lift above 1
 LOOK_SHARE = 0.015  # of an answer that a trial at its beginning may take, where other texts are drafted well
 LOOK_AFTER = 6  # rounds into the answer: its first words are much the same whatever follows
@@ -132,7 +132,7 @@ class Guard:
         if trial:  # earlier runs have had the short waits
             self._wait = max(self.first_wait, longest)
         elif spent:
-            self._wait = max(self._wait, min(longest, int(spent / FIRST_SHARE)))
+            self._wait = max(self._wait, min(longest, int(spent / (FIRST_SHARE if rate < 1.0 else 2 * FIRST_SHARE))))
         self._left, self._halved = self._wait, self._wait // 2
         self._wait = max(self.first_wait, min(2 * self._wait, longest))
         self._expected = self._observed = 0.0

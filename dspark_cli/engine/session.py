@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
-from dspark_cli.backends.base import BadInput, Drafter, PairMismatch, Target
+from dspark_cli.backends.base import BadInput, Drafter, DraftRequest, PairMismatch, Row, Target
 from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE, Model, tokens_agree
@@ -167,6 +167,8 @@ class Session:
             self.profile.forget()
         told = options.told("measuring what passes cost here (once)")
         schedule.costs = costs_of(self.target, self.drafter, self.profile, options.notice, told)
+        if self.drafter is not None and self.drafter.has_pass:
+            _warm_up(self.target, self.drafter)
         schedule.beliefs = load_beliefs(file, options.notice)
         schedule.label = self.target.info.format
         schedule.cap = self.target.max_rows
@@ -272,6 +274,15 @@ def first_difference(first: list[int], second: list[int]) -> int | None:
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
+
+
+def _warm_up(target: Target, drafter: Drafter) -> None:
+    """A pass of each: the first ones read weights and allocate, and would be the dearest of the first answer."""
+    token = target.tokenizer.bos_id or 0
+    drafter.observe(0, [token], target.step([Row(0, [token])])[0].features)
+    drafter.propose([DraftRequest(0, token, drafter.pass_block)])
+    for keeper in (target, drafter):
+        keeper.drop(0)
 
 
 def _no_drafter(options: OpenOptions) -> Schedule:
