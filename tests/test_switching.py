@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from dspark_cli.backends.base import Draft, DraftRequest
+from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.errors import DsparkError
+from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
+from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.profile import measure
 from dspark_cli.engine.rounds import SamplingOptions
 from dspark_cli.engine.session import OpenOptions, Session
+from dspark_cli.registry import resolve
 from fakes import TableTarget
 
 
@@ -45,6 +51,26 @@ def test_a_measurement_tells_its_share_and_leaves_nothing_behind_when_cancelled(
         measure(target, None, seconds=5.0, progress=cancel)
     assert all(0.0 <= share <= 1.0 for share in shares)
     assert target.cache[0] == []
+
+
+def test_a_pair_has_made_its_first_passes_when_it_is_loaded_and_holds_nothing(
+    embedded_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafted: list[int] = []
+    propose = LlamaCppDrafter.propose
+
+    def counted(self: LlamaCppDrafter, requests: Sequence[DraftRequest]) -> list[Draft]:
+        drafted.append(len(requests))
+        return propose(self, requests)
+
+    monkeypatch.setattr("dspark_cli.engine.session.costs_of", lambda *_: CostModel.unmeasured())  # known from earlier
+    monkeypatch.setattr(LlamaCppDrafter, "propose", counted)
+    own = resolve("smollm2-135m").drafter_path
+    with Session.open(OpenOptions(embedded_gguf, "smollm2-135m", drafter_path=own, ctx=512)) as session:
+        assert drafted == [1]
+        assert isinstance(session.drafter, CombinedDrafter)
+        assert isinstance(session.drafter.model, LlamaCppDrafter)
+        assert session.target.length(0) == session.drafter.model.context.length(0) == 0
 
 
 def test_switching_changes_drafter_and_policy_and_not_the_text(embedded_gguf: Path) -> None:
