@@ -232,8 +232,8 @@ Committed = tuple[int, Sequence[int], FloatArray | None]
 class Drafter(ABC):
     """Proposes tokens after an anchor. Keeps one state a sequence, of the tokens it has observed.
 
-    Call order per round: `quick`, then maybe `propose`, then after verification `feedback`, and `observe` with the anchor
-    and the accepted tokens.
+    Call order per round: `quick`, then maybe `propose`, then after verification `observe` with the anchor and the accepted
+    tokens.
     What `propose` itself put in a cache is the drafter's own business: it must be gone, or reused, at the next call.
     """
 
@@ -268,9 +268,6 @@ class Drafter(ABC):
         """`observe` for several sequences, each once; in one pass where that is possible."""
         for seq, tokens, features in committed:
             self.observe(seq, tokens, features)
-
-    def feedback(self, seq: int, verified: int, accepted: int) -> None:  # noqa: B027  (most drafters do not learn)
-        """Of the last proposal for `seq`, the fate of `verified` tokens is known: `accepted` were right. Before `observe`."""
 
     @abstractmethod
     def rewind(self, seq: int, length: int) -> None:

@@ -38,27 +38,17 @@ class CombinedDrafter(Drafter):
         self._waiting: dict[int, list[_Waiting]] = {}
         self._size: dict[int, int] = {}  # tokens that wait
         self._length: dict[int, int] = {}  # tokens the model has taken in
-        self._from_lookup: dict[int, bool] = {}  # whether the last draft of a sequence was lookup's
 
     @property
     def pass_block(self) -> int:
         return self.model.block_size
 
     def quick(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        drafts = [EMPTY_DRAFT for _ in requests] if self.lookup is None else self.lookup.quick(requests)
-        self._from_lookup.update((request.seq, True) for request in requests)
-        return drafts
+        return [EMPTY_DRAFT for _ in requests] if self.lookup is None else self.lookup.quick(requests)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         self._inject([request.seq for request in requests])
-        self._from_lookup.update((request.seq, False) for request in requests)
         return self.model.propose(requests)
-
-    def feedback(self, seq: int, verified: int, accepted: int) -> None:
-        if not self._from_lookup.get(seq, False):
-            self.model.feedback(seq, verified, accepted)
-        elif self.lookup is not None:
-            self.lookup.feedback(seq, verified, accepted)
 
     def observe(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
         if self.lookup is not None:

@@ -1,14 +1,13 @@
 """N-gram lookup: propose what followed the same words earlier in the prompt or the answer. No model, no pass.
 
-Confidence comes from the length of the match, from whether the two latest places with these words go on alike, and from what
-happened to such proposals earlier in this text.
+Confidence comes from the length of the match, from whether the two latest places with these words go on alike, and from how
+such proposals fared earlier in this text, whether they were verified or not: the text that came instead tells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,17 +42,51 @@ def _prior() -> npt.NDArray[np.float64]:
 
 
 @dataclass
+class _Proposal:
+    """Tokens proposed for the places from `start` on, with what each was believed by; `judged` of them were compared."""
+
+    start: int
+    tokens: list[int]
+    agreement: list[int]
+    buckets: npt.NDArray[np.intp]
+    judged: int = 0
+
+
+@dataclass
 class _History:
     """Tokens of one sequence, and the two places where each n-gram ended last: n-gram -> indices of the token after it.
 
-    kept, seen: of the proposals in this text by agreement and bucket, with the prior's;  classes: those of the last proposal
+    kept, seen: of the proposals in this text by agreement and bucket, with the prior's
+    open:       the proposal that is compared with the text as it goes on; a later one would mostly tell the same
     """
 
     tokens: list[int] = field(default_factory=list)
     index: dict[tuple[int, ...], tuple[int, int]] = field(default_factory=dict)
     kept: npt.NDArray[np.float64] = field(default_factory=_prior)
     seen: npt.NDArray[np.float64] = field(default_factory=lambda: np.full(PRIOR.shape, PRIOR_WEIGHT))
-    classes: tuple[Any, Any] = ((), ())
+    open: _Proposal | None = None
+
+    def learn(self, anchor: int) -> None:
+        """Compare the open proposal with the text, whose last token is `anchor`, up to the first difference."""
+        proposal = self.open
+        if proposal is None:
+            return
+        text = self.tokens
+        for k in range(proposal.judged, len(proposal.tokens)):
+            at = proposal.start + k
+            if at > len(text):
+                return  # still to come
+            right = proposal.tokens[k] == (text[at] if at < len(text) else anchor)
+            where = proposal.agreement[k], proposal.buckets[k]
+            self.seen[where] += 1
+            self.kept[where] += right
+            if self.seen[where] > MEMORY:  # follow the text at hand, not everything ever seen
+                self.seen[where] /= 2
+                self.kept[where] /= 2
+            proposal.judged = k + 1
+            if not right:
+                break
+        self.open = None
 
     def going_on(self, place: int, anchor: int, size: int) -> list[int]:
         """`size` tokens from `place`, where `anchor` comes after the last one."""
@@ -89,6 +122,7 @@ class LookupDrafter(Drafter):
 
     def _propose(self, request: DraftRequest) -> Draft:
         history = self._history(request.seq)
+        history.learn(request.anchor)
         context = [*history.tokens[-MAX_MATCH:], request.anchor]
         size = min(request.block, self.block_size)
         places = next((at for n in MATCHES if (at := history.index.get(tuple(context[-n:]))) is not None), None)
@@ -104,8 +138,10 @@ class LookupDrafter(Drafter):
             if apart < size:
                 agreement[apart] = APART
         matched = self._match_length(history.tokens, context, latest)
-        history.classes = classes = agreement, BUCKETS[np.minimum(matched + np.arange(size), MAX_MATCH)]
-        confidence = (history.kept[classes] / history.seen[classes]).astype(np.float32)
+        buckets = BUCKETS[np.minimum(matched + np.arange(size), MAX_MATCH)]
+        confidence = (history.kept[agreement, buckets] / history.seen[agreement, buckets]).astype(np.float32)
+        if history.open is None:
+            history.open = _Proposal(len(history.tokens) + 1, tokens, agreement, buckets)
         return Draft(np.asarray(tokens, dtype=np.int64), confidence, source=self.kind)
 
     def _match_length(self, tokens: list[int], context: list[int], found: int) -> int:
@@ -126,17 +162,6 @@ class LookupDrafter(Drafter):
                 if end >= n:
                     words = tuple(history.tokens[end - n : end])
                     history.index[words] = (end, history.index.get(words, (NOWHERE,))[0])
-
-    def feedback(self, seq: int, verified: int, accepted: int) -> None:
-        history = self._histories[seq]
-        agreement, buckets = history.classes
-        for position in range(min(verified, accepted + 1)):
-            where = agreement[position], buckets[position]
-            history.seen[where] += 1
-            history.kept[where] += position < accepted
-            if history.seen[where] > MEMORY:  # follow the text at hand, not everything ever seen
-                history.seen[where] /= 2
-                history.kept[where] /= 2
 
     def rewind(self, seq: int, length: int) -> None:
         history = self._history(seq)

@@ -25,13 +25,16 @@ WORDS = ("one place only", "two that agree", "two that do not")
 def count(ids: list[int], start: int, right: np.ndarray, seen: np.ndarray) -> None:
     drafter = LookupDrafter()
     drafter.observe(0, ids[: start - 1], None)
+    history = drafter._histories[0]
     for at in range(start, len(ids)):
-        draft = drafter.propose([DraftRequest(0, ids[at - 1], BLOCK)])[0]
-        if len(draft):
-            agreement, buckets = drafter._histories[0].classes
-            for k, token in enumerate(draft.tokens[: len(ids) - at].tolist()):
-                seen[agreement[k], buckets[k]] += 1
-                right[agreement[k], buckets[k]] += token == ids[at + k]
+        history.open = None
+        drafter.propose([DraftRequest(0, ids[at - 1], BLOCK)])
+        if history.open is not None:
+            proposal = history.open
+            for k, token in enumerate(proposal.tokens[: len(ids) - at]):
+                where = proposal.agreement[k], proposal.buckets[k]
+                seen[where] += 1
+                right[where] += token == ids[at + k]
                 if token != ids[at + k]:
                     break
         drafter.observe(0, [ids[at - 1]], None)

@@ -24,7 +24,6 @@ class Diary(Drafter):
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}
         self.calls = 0
-        self.told: list[tuple[int, int, int]] = []
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         return [Draft(np.full(r.block, r.anchor), source="diary") for r in requests]
@@ -34,9 +33,6 @@ class Diary(Drafter):
         assert features[:, 0].tolist() == list(tokens)
         self.calls += 1
         self.tokens.setdefault(seq, []).extend(tokens)
-
-    def feedback(self, seq: int, verified: int, accepted: int) -> None:
-        self.told.append((seq, verified, accepted))
 
     def rewind(self, seq: int, length: int) -> None:
         assert length <= len(self.tokens.get(seq, [])) or length == 0, "rewound to where it never was"
@@ -137,18 +133,14 @@ def test_what_waits_is_bounded() -> None:
     assert len(model.tokens[0]) == WAITING
 
 
-def test_feedback_goes_to_whoever_drafted() -> None:
-    model, lookup = Diary(), LookupDrafter()
-    drafter = CombinedDrafter(model, lookup)
+def test_lookup_learns_from_the_text_while_the_model_drafts() -> None:
+    drafter = CombinedDrafter(Diary(), lookup := LookupDrafter())
     drafter.observe(0, [1, 2, 3, 1, 2], features([1, 2, 3, 1, 2]))
     seen = lookup._histories[0].seen.sum()
     assert drafter.quick([DraftRequest(0, 3, 4)])[0].tokens.tolist()[:2] == [1, 2]
-    drafter.feedback(0, 2, 2)
-    assert model.told == []
-    assert lookup._histories[0].seen.sum() == seen + 2
     drafter.propose([DraftRequest(0, 3, 4)])
-    drafter.feedback(0, 2, 1)
-    assert model.told == [(0, 2, 1)]
+    drafter.observe(0, [3, 1], features([3, 1]))
+    drafter.quick([DraftRequest(0, 9, 4)])  # 1, then 9: one token right, the next wrong
     assert lookup._histories[0].seen.sum() == seen + 2
 
 

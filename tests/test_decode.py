@@ -105,7 +105,7 @@ def test_an_error_inside_a_pass_does_not_spoil_the_next_run(monkeypatch: pytest.
     drafter = TableDrafter(target)
     engine = Engine(target, drafter, Fixed(3))
     with monkeypatch.context() as patch:
-        patch.setattr(drafter, "feedback", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(drafter, "propose", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             list(engine.run([Request([1, 2], 20)]))
     assert tokens_of(list(engine.run([Request([1, 2], 12)]))) == greedy(target, [1, 2], 12)

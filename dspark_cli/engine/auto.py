@@ -22,7 +22,7 @@ from dspark_cli.engine.rounds import Times
 from dspark_cli.engine.schedule import Outcome, Schedule, likely
 
 OWN_HISTORY = ("lookup",)  # drafters whose confidence is what became of their recent drafts
-FADE = 0.98  # the recent past that a round's rate is counted with: about 50 rounds
+FADE = 0.9  # the recent past that a round's rate is counted with: about 10 rounds, as copying ends as suddenly as it begins
 TRIAL = 2  # tokens of a sampled draft that a trial verifies at most (a deterministic one is watched, none is verified)
 WATCHED = 2  # requests whose drafts a trial watches at most: the features of each must go in first
 AFTER_PARKING = 0.7  # how much of what was learned of a drafter still counts at a probe

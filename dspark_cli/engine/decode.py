@@ -141,7 +141,7 @@ class Engine:
         r.anchor = tokens[-1]
         self.target.rewind(r.seq, start + 1 + kept)
         with clock.injecting():
-            self._observe(r.seq, [anchor, *tokens[:kept]], output, outcome)
+            self._observe(r.seq, [anchor, *tokens[:kept]], output)
         return Round(
             request=r.request.id,
             tokens=tuple(tokens),
@@ -198,13 +198,11 @@ class Engine:
             room = min(room, r.request.max_tokens - r.produced - 1)
         return room
 
-    def _observe(self, seq: int, tokens: list[int], output: RowOutput, outcome: Outcome | None = None) -> None:
+    def _observe(self, seq: int, tokens: list[int], output: RowOutput) -> None:
         """`tokens` stay in the target's cache: note it, and tell the drafter."""
         self._slots.tokens[seq] += tokens
         if self.drafter is None:
             return
-        if outcome is not None and outcome.judged:
-            self.drafter.feedback(seq, outcome.judged, outcome.kept)
         features = None if output.features is None else output.features[: len(tokens)]
         self.drafter.observe(seq, tokens, features)
 
