@@ -95,16 +95,22 @@ def _rate(target: LlamaCppTarget, arm: Arm, request: Request) -> float:
 
 
 def compare(
-    target: Path, served: Path, shared: Path, recipe: Recipe, seeds: Sequence[int], tokens: int
+    target: Path,
+    served: Path,
+    shared: Path,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    tokens: int,
+    prompts: int | None = None,
 ) -> dict[str, Any]:
-    """Figures of every drafter and seed on the target file `served`."""
+    """Figures of every drafter and seed on the target file `served`; `prompts`: of each kind, None = all."""
     trained = {
         f"{kind}-{seed}": train(target, shared, replace(recipe, kind=kind, seed=seed))
         for kind in DRAFTERS
         for seed in seeds
     }
     with LlamaCppTarget(served, ContextOptions(ctx=1024)) as opened:
-        groups = own_prompts(opened)
+        groups = {kind: texts[:prompts] for kind, texts in own_prompts(opened).items()}
         found = {name: evaluate(opened, d, groups, tokens=tokens) for name, (d, _) in trained.items()}
         ends = opened.tokenizer.eog_ids
         flat = [ids for texts in zip(*groups.values(), strict=True) for ids in texts]
@@ -178,6 +184,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
     parser.add_argument("--vocab", type=int, default=6144)
     parser.add_argument("--format", default="F16", help="of the target that is decoded")
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--prompts", type=int, help="of each kind that are decoded (default all)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("-o", "--out", type=Path, default=Path("drafters"))
     args = parser.parse_args(arguments)
@@ -196,7 +203,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
         through="torch",
         anchors=args.anchors,
     )
-    found = compare(target, served, args.work, recipe, range(args.seeds), args.tokens)
+    found = compare(target, served, args.work, recipe, range(args.seeds), args.tokens, args.prompts)
     args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     args.out.with_suffix(".svg").write_text(plot(found))
     args.out.with_suffix(".md").write_text(table(found))
