@@ -28,8 +28,8 @@ PRIOR = np.array(
         (0.15, 0.23, 0.25, 0.33, 0.37, 0.30, 0.32, 0.38, 0.42, 0.40, 0.68),
     )
 )
-#: power of it that is believed: doubt costs little, as the bonus token judges a draft's first token for nothing, and trust
-#: costs a wider pass. Less doubt and more are slower, over recorded texts and three formats (tests/measure_replay.py)
+#: power of it that is believed: it is the mean over whole answers, which repeat themselves most at their end, and doubt costs
+#: little, as the text that comes judges every proposal for nothing (tests/measure_replay.py --caution compares others)
 CAUTION = 1.6
 PRIOR_WEIGHT = 6.0  # observations that it counts for
 MATCHES = (6, 4, 3, 2)  # n-grams that are indexed; the longest that is found wins

@@ -1,10 +1,11 @@
 """The default policy on recorded answers and drafts, on a clock that takes what the profile of this machine says: no noise of
 the machine, so differences of a percent between two policies can be seen.
 
-    python tests/measure_replay.py [--formats F16,Q8_0,Q4_1] [--caution 1.0,1.6,2.0] [--kept]
+    python tests/measure_replay.py [--formats F16,Q8_0,Q4_1] [--caution 1.0,1.6,2.0] [--kept] [--documents FILE --count N]
 
-Answers are the target's own, greedy, to the prompts of `dspark bench --local`; at every position the drafter's block is
-recorded. What is replayed is the real engine with the real lookup. `auto` also pays `EXTRA_MS` a round, for deciding.
+Answers are the target's own, greedy, to the prompts of `dspark bench --local`, or texts of `documents.jsonl` of a training; at
+every position the drafter's block is recorded. What is replayed is the real engine with the real lookup; `auto` also pays
+`EXTRA_MS` a round, for deciding.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import argparse
 import copy
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
 from dspark_cli.backends import lookup
-from dspark_cli.backends.base import Draft, Drafter, DraftRequest, FloatArray, Row, RowOutput, Target, TargetInfo
+from dspark_cli.backends.base import Draft, DraftRequest, FloatArray, Row, RowOutput
 from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.bench.formats import requantize
 from dspark_cli.bench.prompts import KINDS
@@ -33,13 +34,15 @@ from dspark_cli.engine.rounds import Request, SamplingOptions
 from dspark_cli.engine.schedule import Off
 from dspark_cli.engine.session import OpenOptions, Session
 from dspark_cli.registry import resolve
+from dspark_cli.training.documents import read_documents
 from fakes import FakeTokenizer
-from simulated import Clock
+from simulated import Clock, TimedDrafter, TimedTarget, steady
 
 MODEL = "smollm2-135m"
 NOISE = 0.03  # of a pass's time, log-normal
 EXTRA_MS = 0.1
 TAKE_IN_MS = 0.065  # a token's features, beyond the first: the profile times what a round hands over
+Written = tuple[str, list[int], list[int]]  # kind, prompt, answer
 AHEAD = 6  # tokens of a recorded answer that are left over, so that the last drafts can be judged
 
 
@@ -53,27 +56,38 @@ class Recorded:
     drafts: list[Draft]
 
 
-def record(session: Session, tokens: int) -> list[Recorded]:
-    assert isinstance(session.drafter, CombinedDrafter)
-    target, drafter, found = session.target, session.drafter.model, []
+def answers(session: Session, tokens: int) -> Iterator[Written]:
+    """The target's answers to the prompts of the bench."""
     for prompts in KINDS.values():
         for prompt in prompts:
             request = prompt.request(session, tokens + AHEAD, SamplingOptions())
-            answer = [t for r in session.run(request, plain=True) for t in r.tokens]
-            session._engine.forget()
-            ids = [*request.prompt, *answer]
-            for keeper in (target, drafter):
-                keeper.rewind(0, 0)
-            features = np.concatenate(
-                [target.step([Row(0, ids[i : i + 256], 1)])[0].features.copy() for i in range(0, len(ids), 256)]  # type: ignore[union-attr]
-            )
-            size, drafts = len(request.prompt), []
-            drafter.observe(0, ids[:size], features[:size])
-            for k in range(size, len(ids)):
-                drafts.append(drafter.propose([DraftRequest(0, ids[k], drafter.block_size)])[0])
-                drafter.observe(0, ids[k : k + 1], features[k : k + 1])
-            if len(answer) > 2 * AHEAD:
-                found.append(_renumbered(prompt.kind, ids, size, drafts))
+            yield prompt.kind, list(request.prompt), [t for r in session.run(request, plain=True) for t in r.tokens]
+
+
+def written(path: Path, count: int) -> Iterator[Written]:
+    """`count` documents of a training, spread over the file; sampled ones are replayed as if they were greedy."""
+    documents = list(read_documents(path))
+    for d in documents[:: max(1, len(documents) // count)][:count]:
+        yield "sampled" if d.temperature else "greedy", list(d.ids[: d.answer_start]), list(d.ids[d.answer_start :])
+
+
+def record(session: Session, texts: Iterable[Written]) -> list[Recorded]:
+    assert isinstance(session.drafter, CombinedDrafter)
+    target, drafter, found = session.target, session.drafter.model, []
+    for kind, prompt, answer in texts:
+        if len(answer) <= 2 * AHEAD:
+            continue
+        session._engine.forget()
+        for keeper in (target, drafter):
+            keeper.drop(0)
+        ids, size, drafts = [*prompt, *answer], len(prompt), []
+        parts = [target.step([Row(0, ids[i : i + 256], 1)])[0].features for i in range(0, len(ids), 256)]
+        features = np.concatenate(parts)  # type: ignore[arg-type]
+        drafter.observe(0, prompt, features[:size])
+        for k in range(size, len(ids)):
+            drafts.append(drafter.propose([DraftRequest(0, ids[k], drafter.block_size)])[0])
+            drafter.observe(0, ids[k : k + 1], features[k : k + 1])
+        found.append(_renumbered(kind, ids, size, drafts))
     return found
 
 
@@ -85,70 +99,44 @@ def _renumbered(kind: str, ids: list[int], size: int, drafts: Sequence[Draft]) -
     return Recorded(kind, mine[:size], mine[size:], blocks)
 
 
-class ReplayTarget(Target):
-    """Goes on with the recorded answer, whatever it is given."""
+class ReplayTarget(TimedTarget):
+    """Goes on with the recorded answer, in the time that `costs` say for the depth; a round takes `extra_ms` more."""
 
     def __init__(self, text: Recorded, costs: CostModel, clock: Clock, seed: int, extra_ms: float) -> None:
-        self.text, self.costs, self.clock, self.extra_ms = [*text.prompt, *text.answer], costs, clock, extra_ms
+        super().__init__(costs.verify, clock, noise=NOISE, n_vocab=2, seed=seed)
+        self.text, self.costs, self.extra_ms = [*text.prompt, *text.answer], costs, extra_ms
         n = max(self.text) + 1
-        self.info = TargetInfo("replay", "", "fake", "", "cpu", n, 1, 2, 8192, 1)
-        self.tokenizer, self.max_rows, self.held = FakeTokenizer(n, frozenset(range(n))), 512, 0  # no text
-        self._random = np.random.default_rng(seed)
+        self.info = replace(self.info, n_vocab=n)
+        self.tokenizer = FakeTokenizer(n, frozenset(range(n)))  # no text
 
-    def render_chat(self, messages: Sequence[dict[str, str]], *, thinking: bool | None = None) -> str:
-        raise NotImplementedError
+    def row(self, tokens: Sequence[int]) -> FloatArray:
+        following = self.text[len(tokens)] if len(tokens) < len(self.text) else 0
+        return np.eye(1, self.info.n_vocab, following, dtype=np.float32)[0]
 
-    def request_features(self, layers: Sequence[int]) -> None: ...
+    def pass_ms(self, tokens: int) -> float:
+        return self.costs.verify_at(1, self.length(0), tokens)
 
     def step(self, rows: Sequence[Row]) -> list[RowOutput]:
-        tokens = rows[0].tokens
-        logits = np.zeros((len(tokens), self.info.n_vocab), dtype=np.float32)
-        following = [
-            self.text[i] if i < len(self.text) else 0 for i in range(self.held + 1, self.held + 1 + len(tokens))
-        ]
-        logits[np.arange(len(tokens)), following] = 1.0
-        ms = self.costs.verify_at(1, self.held, len(tokens)) * float(np.exp(self._random.normal(0.0, NOISE)))
-        self.held += len(tokens)
-        self.native_ms += ms
-        self.clock.spend(ms + self.costs.own_ms + self.extra_ms)
-        keep = len(tokens) if rows[0].n_logits is None else rows[0].n_logits
-        return [RowOutput(logits[len(tokens) - keep :], np.zeros((len(tokens), 1), dtype=np.float32))]
-
-    def length(self, seq: int) -> int:
-        return self.held
-
-    def rewind(self, seq: int, length: int) -> None:
-        self.held = min(self.held, length)
-
-    def fork(self, source: int, destination: int, length: int | None = None) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None: ...
+        self.clock.spend(self.costs.own_ms + self.extra_ms)
+        return super().step(rows)
 
 
-class ReplayDrafter(Drafter):
+class ReplayDrafter(TimedDrafter):
     """Drafts what was drafted at this position."""
 
-    feature_layers = (0,)
-
     def __init__(self, text: Recorded, target: ReplayTarget) -> None:
-        self._text, self._target = text, target
+        assert target.costs.draft is not None
+        super().__init__(target, steady(1.0, None), ms=target.costs.draft, block_size=len(text.drafts[0]))
         self.name = self.kind = text.drafts[0].source
-        self.block_size = len(text.drafts[0])
+        self._text = text
 
-    def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        costs, block = self._target.costs, requests[0].block
-        self._target.clock.spend(costs._draft_ms(1, block, self._target.held))
-        return [self._text.drafts[self._target.held - len(self._text.prompt)].prefix(block)]
+    def _propose(self, request: DraftRequest) -> Draft:
+        return self._text.drafts[self._target.length(0) - len(self._text.prompt)].prefix(request.block)
 
     def observe(self, seq: int, tokens: Sequence[int], features: FloatArray | None) -> None:
-        inject = self._target.costs.inject
+        inject = self._target.costs.inject  # type: ignore[attr-defined]
         self._target.clock.spend((inject.at(1) if inject else 0.0) + TAKE_IN_MS * (len(tokens) - 1))
-
-    def rewind(self, seq: int, length: int) -> None: ...
-
-    def fork(self, source: int, destination: int, length: int | None = None) -> None:
-        raise NotImplementedError
+        super().observe(seq, tokens, features)
 
 
 def decode_ms(engine: Engine, text: Recorded, tokens: int) -> float:
@@ -173,11 +161,18 @@ def replay(
     return ratios
 
 
+def _shown(ratios: Sequence[float]) -> str:
+    """Median, and in parentheses the worst twentieth (the worst of a few)."""
+    return f"{median(ratios):.3f} ({np.quantile(ratios, 0.05, method='lower'):.3f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default="F16,Q8_0,Q4_1")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--caution", default=str(lookup.CAUTION), help="powers of lookup's prior, one run each")
+    parser.add_argument("--documents", type=Path)
+    parser.add_argument("--count", type=int, default=90, help="of the documents (default 90)")
     parser.add_argument("--kept", action="store_true", help="one session answers all prompts, not each a fresh one")
     options = parser.parse_args()
     found = resolve(MODEL)
@@ -185,13 +180,15 @@ def main() -> None:
     for word in options.formats.split(","):
         path = requantize(found.path, word, Path(tempfile.gettempdir()) / "dspark-formats")
         with Session.open(OpenOptions(path, MODEL, drafter_path=found.drafter_path, ctx=2048)) as session:
-            costs, texts = copy.deepcopy(session.costs), record(session, options.tokens)
+            costs = copy.deepcopy(session.costs)
+            given = options.documents
+            texts = record(session, written(given, options.count) if given else answers(session, options.tokens))
         for caution in map(float, options.caution.split(",")):
             lookup.CAUTION = caution
             ratios = replay(texts, costs, found.drafter_path, options.tokens, options.kept)
             every = [r for kind in ratios.values() for r in kind]
-            cells = "  ".join(f"{kind} {median(r):.3f} ({min(r):.3f})" for kind, r in ratios.items())
-            print(f"{word} caution {caution:g}: all {median(every):.3f} ({min(every):.3f})  {cells}", flush=True)
+            cells = "  ".join(f"{kind} {_shown(r)}" for kind, r in ratios.items())
+            print(f"{word} caution {caution:g}: all {_shown(every)}  {cells}", flush=True)
 
 
 if __name__ == "__main__":

@@ -42,10 +42,13 @@ class TimedTarget(TableTarget):
 
     def step(self, rows: Sequence[Row]) -> list[RowOutput]:
         outputs = super().step(rows)
-        ms = self.ms.at(sum(len(r.tokens) for r in rows)) * float(np.exp(self._random.normal(0.0, self.noise)))
+        ms = self.pass_ms(sum(len(r.tokens) for r in rows)) * float(np.exp(self._random.normal(0.0, self.noise)))
         self.clock.spend(ms)
         self.native_ms += ms
         return outputs
+
+    def pass_ms(self, tokens: int) -> float:
+        return self.ms.at(tokens)
 
 
 Quality = Callable[[np.random.Generator], tuple[float, float | None]]

@@ -144,7 +144,6 @@ def _metadata(path: Path, changed_ns: int) -> dict[str, StoredValue]:
     import gguf
 
     del changed_ns
-
     try:
         fields = gguf.GGUFReader(path).fields.values()
     except (ValueError, IndexError) as error:

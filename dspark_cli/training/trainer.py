@@ -184,7 +184,7 @@ class Trainer:
         if not math.isfinite(value + float(norm)):
             raise DsparkError(
                 f"training diverged in step {self.progress.steps + 1}: loss {value:g}, gradient norm {float(norm):g}",
-                hint="the same command goes on from the last checkpoint; another --seed draws other texts",
+                hint="the same command goes on from the last checkpoint, with the texts in another order",
             )
         for optimiser in self.optimisers:
             optimiser.step()
