@@ -16,13 +16,12 @@ from dspark_cli.backends.base import Draft
 from dspark_cli.engine.admission import Array, admit, convex_minorant
 from dspark_cli.engine.beliefs import Belief
 from dspark_cli.engine.costs import CostModel
-from dspark_cli.engine.guard import Guard
+from dspark_cli.engine.guard import Budget, Guard
 from dspark_cli.engine.regime import Plan, Regime, Trial
 from dspark_cli.engine.rounds import Times
 from dspark_cli.engine.schedule import Outcome, Schedule, likely
 
 OWN_HISTORY = ("lookup",)  # drafters whose confidence is what became of their recent drafts
-FADE = 0.9  # the recent past that a round's rate is counted with: about 10 rounds, as copying ends as suddenly as it begins
 TRIAL = 2  # tokens of a sampled draft that a trial verifies at most (a deterministic one is watched, none is verified)
 WATCHED = 2  # requests whose drafts a trial watches at most: the features of each must go in first
 AFTER_PARKING = 0.7  # how much of what was learned of a drafter still counts at a probe
@@ -37,6 +36,7 @@ WORTH = (
 TRUSTED = 1.15  # a drafter that gained this much in earlier runs, at this machine's costs, need not be tried out first
 HOPELESS = 0.95  # one that would have lost this much is parked before its first pass
 QUICK_WAIT = 4  # rounds parked at first: a quick draft's first token is judged by the bonus token for free
+SURE_GAIN = 0.5  # tokens that a quick draft must promise where the answer's budget is spent
 UNKNOWN = "not known yet to pay"  # why nothing is verified while the drafter is watched for the first time
 NOTHING: Array = np.empty(0)
 
@@ -67,6 +67,7 @@ class AutoSchedule(Schedule):
         self.label = label
         self.cap = cap
         self._guard = guard
+        self._budget = Budget()
         self._regimes: dict[int, Regime] = {}
         self._now = self._regime(1)
         self._plan = Plan(1, 0.0, (), lambda: np.zeros(1), 0.0, 1.0, 1.0)
@@ -100,6 +101,7 @@ class AutoSchedule(Schedule):
 
     def begin(self, requests: int) -> None:
         if requests == 1:
+            self._budget.renew()
             regime = self._regime(1)
             regime.pass_guard.hasten()
             regime.quick_guard.renew()
@@ -135,7 +137,7 @@ class AutoSchedule(Schedule):
         if not wanted:
             return [0] * len(blocks)
         self._judge_by_what_is_known(wanted)
-        if not self.pass_guard.active or self._trial is not None or self._plain_is_due:
+        if not self.pass_guard.active or self._trial is not None or self._plain_is_due or self._budget.spent:
             return [0] * len(blocks)
         wanted = min(wanted, self._pass_block(wanted))
         pass_ms = self.costs.pass_ms(plan.shared, wanted, plan.depth)
@@ -221,6 +223,10 @@ class AutoSchedule(Schedule):
 
     def choose(self, drafts: Sequence[Draft]) -> list[int]:
         plan = self._plan
+        if not any(map(len, drafts)):
+            plan.survival = plan.logits = [NOTHING] * len(drafts)
+            self._watched = ()
+            return [0] * len(drafts)
         plan.survival, plan.logits = self._beliefs(drafts)
         self._begin_trial(drafts)
         lengths, promised = self._lengths(drafts, self._offered(plan.survival))
@@ -319,6 +325,8 @@ class AutoSchedule(Schedule):
         elif self._plan.passed:
             # A trial is to find out what the drafter is worth, not to rely on what it says.
             return [a[:TRIAL] for a in survival] if self.pass_guard.probing else survival
+        if self._budget.spent:
+            survival = [a if len(a) and self._plan.gain(a) >= SURE_GAIN else NOTHING for a in survival]
         if self.quick_guard.active:
             return survival
         if any(self._plan.gain(a) > 0 for a in survival if len(a)):
@@ -337,17 +345,17 @@ class AutoSchedule(Schedule):
 
     def observe(self, outcomes: Sequence[Outcome], times: Times) -> None:
         plan, costs, shared = self._plan, self.costs, len(outcomes)
-        extra = plan.extra_ms / plan.plain
-        cost = 1.0 + extra + plan.pass_ms / plan.plain
-        brought = 1.0 + sum(o.accepted for o in outcomes) / shared
-        now = self._now
-        now.past = (now.past[0] * FADE + brought, now.past[1] * FADE + cost)
-        now.since_plain = now.since_plain + 1 if plan.verified else 0
         costs.observe_verify(shared, shared + plan.verified, plan.depth, times.verify)
         if plan.passed:
             costs.observe_pass(plan.asked, times.own, times.inject)
+            costs.observe_draft(plan.asked, plan.passed, plan.depth, times.draft)
         else:
             costs.observe_overhead(times.own)
+        if not (plan.passed or plan.verified):
+            self._now.count(1.0, 1.0, verified=False)
+            self._budget.observe(1.0, 1.0)
+        else:
+            self._count_round(outcomes, times)
         self._learn(
             [
                 (o, x)
@@ -355,19 +363,27 @@ class AutoSchedule(Schedule):
                 if o.judged and i not in self._watched
             ]
         )
-        if plan.passed:
-            costs.observe_draft(plan.asked, plan.passed, plan.depth, times.draft)
-        if self._trial is not None and self._watched:
+        if not plan.passed or self._watched:
+            self._skip_pass()
+        self._parked = None if plan.verified or (plan.passed and not self._watched) else self._why_parked()
+
+    def _count_round(self, outcomes: Sequence[Outcome], times: Times) -> None:
+        """What a round with a pass of the drafter, or with draft tokens to verify, brought and cost."""
+        plan, now = self._plan, self._now
+        extra = plan.extra_ms / plan.plain
+        cost = 1.0 + extra + plan.pass_ms / plan.plain
+        brought = 1.0 + sum(o.accepted for o in outcomes) / len(outcomes)
+        now.count(brought, cost, verified=plan.verified > 0)
+        if self._watched and self._trial is not None:
             # What it really took, with the features that waited.
             self._trial.spent = (times.draft + times.inject) / plan.plain
+            cost = 1.0 + extra + self._trial.spent
+        self._budget.observe(brought, cost)
         if plan.passed and not self._watched:
             self._count_pass(now, [o.draft for o in outcomes], plan.survival, plan.expected, extra)
             self.pass_guard.observe(plan.expected, brought, cost)
-        else:
-            self._skip_pass()
-            if plan.verified:
-                self.quick_guard.observe(plan.expected, brought, cost)
-        self._parked = None if plan.verified or (plan.passed and not self._watched) else self._why_parked()
+        elif plan.verified:
+            self.quick_guard.observe(plan.expected, brought, cost)
 
     def _count_pass(
         self, regime: Regime, drafts: Sequence[Draft], survival: Sequence[Array], expected: float, extra: float

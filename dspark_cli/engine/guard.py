@@ -20,6 +20,30 @@ FIRST_SHARE = 0.0125  # the same after the first that fails; twice that if what 
 NEAR = 0.9  # a speed over plain decoding that another text may well lift above 1
 LOOK_SHARE = 0.015  # of an answer that a trial at its beginning may take, where other texts are drafted well
 LOOK_AFTER = 6  # rounds into the answer: its first words are much the same whatever follows
+LENT = 1.5  # tokens that an answer may lose to speculation before it has gained any
+LENT_SHARE = 0.01  # of its rounds, on top of that
+
+
+@dataclass
+class Budget:
+    """What speculation may cost one answer beyond what it gained there, in tokens of plain decoding: trials that fail and drafts
+    that are refused add up, each for good reasons, and a short answer has no time to earn them back."""
+
+    gained: float = 0.0
+    rounds: int = 0
+
+    def renew(self) -> None:
+        """Another answer begins."""
+        self.gained, self.rounds = 0.0, 0
+
+    def observe(self, brought: float, cost: float) -> None:
+        """A round brought so many tokens a request, in the time of `cost` plain rounds."""
+        self.gained += brought - cost
+        self.rounds += 1
+
+    @property
+    def spent(self) -> bool:
+        return self.gained < -(LENT + LENT_SHARE * self.rounds)
 
 
 @dataclass

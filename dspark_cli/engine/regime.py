@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from dspark_cli.engine.admission import Array
 from dspark_cli.engine.guard import Guard
 
+FADE = 0.9  # the recent past that a round's rate is counted with: about 10 rounds, as copying ends as suddenly as it begins
+
 
 @dataclass
 class Plan:
@@ -94,3 +96,9 @@ class Regime:
     block: tuple[int, int] = (0, 0)
     since_plain: int = 0
     judged: bool = False  # whether what is known of the drafter was asked if it pays here
+
+    def count(self, brought: float, cost: float, *, verified: bool) -> None:
+        """A round brought so many tokens a request, in the time of `cost` plain rounds; `verified`: draft tokens were."""
+        tokens, spent = self.past
+        self.past = (tokens * FADE + brought, spent * FADE + cost)
+        self.since_plain = self.since_plain + 1 if verified else 0
