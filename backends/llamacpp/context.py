@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dspark_cli.backends.base import BadInput, ContextFull, DsparkError
+import numpy as np
+
+from dspark_cli.backends.base import BadInput, ContextFull, DsparkError, FloatArray
 from dspark_cli.backends.llamacpp import native
 from dspark_cli.backends.llamacpp.attention import FLOAT_WEIGHTS, flash_word, ubatch_rows
 from dspark_cli.backends.llamacpp.model import Model, out_of_memory
@@ -149,10 +152,17 @@ class Context:
         """float32 [n_rows, d]: final normed hidden states of the last pass, in batch order; a view until the next."""
         return native.rows_at(lib.llama_get_embeddings(self.handle), n_rows, self.model.n_embd)
 
-    def layer_output(self, layer: int, n_tokens: int) -> Any:
-        """float32 [n_tokens, d]: hidden states after decoder layer `layer` (libllama: the input of the next one)."""
-        pointer = native.export("llama_get_embeddings_layer_inp")(self.handle, ctypes.c_uint32(layer + 1))
-        return native.rows_at(pointer, n_tokens, self.model.n_embd)
+    def layer_outputs(self, layers: Sequence[int], n_tokens: int) -> FloatArray:
+        """float32 [n_tokens, m*d]: hidden states after each of the m decoder `layers`, side by side (libllama: the inputs of
+        the layers that follow)."""
+        read = native.export("llama_get_embeddings_layer_inp")
+        gathered = np.empty((len(layers), n_tokens, self.model.n_embd), dtype=np.float32)
+        to, size = gathered.ctypes.data, gathered.nbytes // len(layers)
+        for layer in layers:
+            # Copied by address: a numpy view of each would take longer than the rest, several times a round.
+            ctypes.memmove(to, read(self.handle, layer + 1), size)
+            to += size
+        return gathered.transpose(1, 0, 2).reshape(n_tokens, -1)
 
     def close(self) -> None:
         if self.handle:

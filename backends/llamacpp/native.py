@@ -45,7 +45,7 @@ _EXPORTS: dict[str, tuple[str, list[Any], Any]] = {
     "llama_get_embeddings_layer_inp": (
         "_Z30llama_get_embeddings_layer_inpP13llama_contextj",
         [_CTX, ctypes.c_uint32],
-        _FLOATS,
+        ctypes.c_void_p,  # float *: read by address
     ),
     "llama_set_embeddings_nextn": (
         "_Z26llama_set_embeddings_nextnP13llama_contextbb",

@@ -109,8 +109,7 @@ class LlamaCppTarget(Target):
         counts = [len(row.tokens) if row.n_logits is None else row.n_logits for row in rows]
         n_logits = sum(counts)
         logits = self.context.logits(n_logits) if n_logits else np.empty((0, self.info.n_vocab), dtype=np.float32)
-        layers = [self.context.layer_output(layer, n_tokens) for layer in self._layers]
-        features = np.concatenate(layers, axis=1) if layers else None
+        features = self.context.layer_outputs(self._layers, n_tokens) if self._layers else None
         hidden = self.context.hidden(n_logits) if self._hidden and n_logits else None
         outputs, token, logit = [], 0, 0
         for row, count in zip(rows, counts, strict=True):

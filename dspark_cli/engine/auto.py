@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -223,9 +223,8 @@ class AutoSchedule(Schedule):
 
     def choose(self, drafts: Sequence[Draft]) -> list[int]:
         plan = self._plan
-        if not any(map(len, drafts)):
-            plan.survival = plan.logits = [NOTHING] * len(drafts)
-            self._watched = ()
+        if not (plan.passed or any(map(len, drafts))):
+            plan.survival, self._watched = [NOTHING] * len(drafts), ()
             return [0] * len(drafts)
         plan.survival, plan.logits = self._beliefs(drafts)
         self._begin_trial(drafts)
@@ -356,13 +355,11 @@ class AutoSchedule(Schedule):
             self._budget.observe(1.0, 1.0)
         else:
             self._count_round(outcomes, times)
-        self._learn(
-            [
-                (o, x)
-                for i, (o, x) in enumerate(zip(outcomes, plan.logits, strict=True))
-                if o.judged and i not in self._watched
-            ]
-        )
+        if plan.logits:
+            unwatched = (
+                pair for i, pair in enumerate(zip(outcomes, plan.logits, strict=True)) if i not in self._watched
+            )
+            self._learn(unwatched)
         if not plan.passed or self._watched:
             self._skip_pass()
         self._parked = None if plan.verified or (plan.passed and not self._watched) else self._why_parked()
@@ -408,10 +405,8 @@ class AutoSchedule(Schedule):
         for source in self._pass_sources:
             self._belief(source).platt.fade(share)
 
-    def _learn(self, judged: Sequence[tuple[Outcome, Array]]) -> None:
+    def _learn(self, judged: Iterable[tuple[Outcome, Array]]) -> None:
         """Outcomes with the logits they were judged by."""
-        if not judged:
-            return
         found: dict[str, list[tuple[Outcome, Array]]] = {}
         for outcome, x in judged:
             if outcome.judged and len(x):
@@ -420,12 +415,14 @@ class AutoSchedule(Schedule):
             self._belief(source).learn(rows)
 
     def _why_parked(self) -> str | None:
-        watching = self.pass_guard.probing and (self._trial is not None or bool(self._watched))
-        guard = next((g for g in (self.pass_guard, self.quick_guard) if not g.active), None)
-        if not watching and guard is None:
-            return None
-        reason = (self.pass_guard if watching or guard is None else guard).reason or UNKNOWN
-        return f"{reason} on this machine" + (f" with {self.label}" if self.label else "")
+        guard = self.pass_guard
+        watching = guard.probing and (self._trial is not None or bool(self._watched))
+        if guard.active and not watching:
+            guard = self.quick_guard
+            if guard.active:
+                return None
+        label = f" with {self.label}" if self.label else ""
+        return f"{guard.reason or UNKNOWN} on this machine{label}"
 
     @property
     def parked(self) -> str | None:

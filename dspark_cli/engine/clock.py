@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from dspark_cli.backends.base import Drafter, Target
 from dspark_cli.engine.rounds import Times
@@ -30,11 +29,8 @@ class PassClock:
         self._laps[name] = (now - self._last) * 1e3
         self._last = now
 
-    @contextmanager
-    def injecting(self) -> Iterator[None]:
-        """The drafter takes in what was committed."""
-        began = self._clock()
-        yield
+    def injected(self, began: float) -> None:
+        """From `began` until now the drafter took in what was committed."""
         self._injected_ms += (self._clock() - began) * 1e3
 
     def split(self, prompts: float) -> tuple[Times, float]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,18 @@ PREFILL_CHUNK = 512  # prompt tokens per pass: bounds feature buffers, and Ctrl-
 #: prompt tokens in a pass that others decode in, by device: enough to use the machine, few enough that nobody stalls
 BESIDE = {"cpu": 64}
 BESIDE_GPU = 256  # never measured
+
+
+class _Committed(NamedTuple):
+    """One request's part of a pass.
+
+    tokens: what it committed;  outcome: what became of its draft
+    round:  makes its round, given what is only known when the pass is over
+    """
+
+    tokens: list[int]
+    outcome: Outcome
+    round: Callable[..., Round]
 
 
 @dataclass
@@ -94,7 +107,7 @@ class Engine:
         target, schedule = self.target, self.schedule
         clock = PassClock(target, self.drafter, self.clock)
         decoding = [r for r in running if r.decoding]
-        chunks = self._chunks(running, beside=len(decoding))
+        chunks = self._chunks(running, beside=len(decoding)) if len(decoding) < len(running) else []
         prompt_tokens = sum(len(chunk) for _, chunk in chunks)
 
         proposals = self._propose(decoding, target.max_rows - prompt_tokens)
@@ -115,12 +128,13 @@ class Engine:
             for r, proposal, draft, output in zip(decoding, proposals, drafts, outputs, strict=False)
         ]
         times, prompt_ms = clock.split(prompt_tokens / sum(len(row.tokens) for row in rows))
-        rounds = [replace(item, times=times, shared=len(decoding), beside=prompt_tokens) for item, _ in cycles]
+        rounds: list[Round] = []
         if decoding:
             # A pass with prompts in it says nothing about what verifying costs.
-            schedule.observe([outcome for _, outcome in cycles], replace(times, verify=0.0) if chunks else times)
-            self._watch(decoding, rounds)
-            rounds = [replace(item, parked=schedule.parked) for item in rounds]
+            schedule.observe([c.outcome for c in cycles], replace(times, verify=0.0) if chunks else times)
+            self._watch(decoding, cycles)
+            parked, shared = schedule.parked, len(decoding)
+            rounds = [c.round(times=times, parked=parked, shared=shared, beside=prompt_tokens) for c in cycles]
         for (r, chunk), output in zip(chunks, outputs[len(decoding) :], strict=True):
             rounds += self._fill(r, chunk, output, prompt_ms * len(chunk) / prompt_tokens)
             if r.decoding:
@@ -128,9 +142,7 @@ class Engine:
         self._slots.join(target, self.drafter, running)
         return rounds
 
-    def _commit(
-        self, r: Running, proposal: Draft, draft: Draft, output: RowOutput, clock: PassClock
-    ) -> tuple[Round, Outcome]:
+    def _commit(self, r: Running, proposal: Draft, draft: Draft, output: RowOutput, clock: PassClock) -> _Committed:
         """Judge one draft, take rejected positions out of the cache, tell the drafter what stays."""
         start = self.target.length(r.seq) - len(draft) - 1
         accepted, bonus = r.sampler.verify(output.logits, draft)
@@ -140,9 +152,11 @@ class Engine:
         kept = min(accepted, len(tokens))
         r.anchor = tokens[-1]
         self.target.rewind(r.seq, start + 1 + kept)
-        with clock.injecting():
-            self._observe(r.seq, [anchor, *tokens[:kept]], output)
-        return Round(
+        began = self.clock()
+        self._observe(r.seq, [anchor, *tokens[:kept]], output)
+        clock.injected(began)
+        unfinished = partial(
+            Round,
             request=r.request.id,
             tokens=tuple(tokens),
             text=text,
@@ -153,13 +167,14 @@ class Engine:
             source=proposal.source if len(proposal) else "",
             finish=r.finish,
             margins=self._margins_of(r, output.logits, len(tokens)),
-        ), outcome
+        )
+        return _Committed(tokens, outcome, unfinished)
 
-    def _watch(self, decoding: Sequence[Running], rounds: Sequence[Round]) -> None:
+    def _watch(self, decoding: Sequence[Running], cycles: Sequence[_Committed]) -> None:
         """Compare watched drafts with what was committed."""
         if not self._watched:
             return
-        committed = {id(r): item.tokens for r, item in zip(decoding, rounds, strict=True)}
+        committed = {id(r): c.tokens for r, c in zip(decoding, cycles, strict=True)}
         for watched in self._watched:
             watched.read(committed.get(id(watched.request), ()))
         if not any(w.open for w in self._watched):
@@ -179,7 +194,7 @@ class Engine:
         share = schedule.limit(rows - len(decoding), len(decoding))
         longest = drafter.block_size if drafter is not None else 0
         limits = [max(0, min(longest, share, self._room(r))) for r in decoding]
-        blocks = schedule.block(limits, fmean(self.target.length(r.seq) for r in decoding))
+        blocks = schedule.block(limits, sum(self.target.length(r.seq) for r in decoding) / len(decoding))
         if drafter is None or not any(blocks):
             return [EMPTY_DRAFT for _ in decoding]
         proposals = drafter.quick([r.draft_request(block) for r, block in zip(decoding, blocks, strict=True)])
@@ -215,6 +230,8 @@ class Engine:
 
     def _admit(self, waiting: Iterator[Request], running: list[Running], isolate: bool) -> Iterator[Round]:
         """Give every free sequence a request, as long as there are any; yields the refusals."""
+        if len(running) == self.target.info.n_seq:
+            return
         free = sorted(set(range(self.target.info.n_seq)) - {r.seq for r in running})
         while free and (request := next(waiting, None)) is not None:
             problem = self._problem(request)

@@ -26,8 +26,10 @@ LENT_SHARE = 0.01  # of its rounds, on top of that
 
 @dataclass
 class Budget:
-    """What speculation may cost one answer beyond what it gained there, in tokens of plain decoding: trials that fail and drafts
-    that are refused add up, each for good reasons, and a short answer has no time to earn them back."""
+    """What speculation may cost one answer beyond what it gained there, in tokens of plain decoding.
+
+    Trials that fail and drafts that are refused add up, each for good reasons, and a short answer has no time to earn it back.
+    """
 
     gained: float = 0.0
     rounds: int = 0

@@ -205,10 +205,13 @@ class Sampler:
         options = self.options
         self.gaps = []
         if options.greedy and options.repeat_penalty == 1.0:
-            best = logits.argmax(axis=1)
-            wrong = np.flatnonzero(best[:-1] != draft.tokens)
-            accepted = int(wrong[0]) if len(wrong) else len(draft)
-            return accepted, int(best[accepted])
+            best = logits.argmax(axis=1).tolist()
+            accepted = 0
+            for token in draft.tokens.tolist():
+                if token != best[accepted]:
+                    break
+                accepted += 1
+            return accepted, best[accepted]
         by_residual = options.accept == "residual" and not options.greedy
         return self._by_residual(logits, draft) if by_residual else self._by_match(logits, draft)
 
