@@ -418,11 +418,12 @@ class AutoSchedule(Schedule):
         guard = self.pass_guard
         watching = guard.probing and (self._trial is not None or bool(self._watched))
         if guard.active and not watching:
+            if self._budget.spent:
+                return f"{-self._budget.gained:.1f} tokens behind plain decoding on this answer"
             guard = self.quick_guard
             if guard.active:
                 return None
-        label = f" with {self.label}" if self.label else ""
-        return f"{guard.reason or UNKNOWN} on this machine{label}"
+        return f"{guard.reason or UNKNOWN} on this machine" + (f" with {self.label}" if self.label else "")
 
     @property
     def parked(self) -> str | None:
