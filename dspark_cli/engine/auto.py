@@ -14,7 +14,7 @@ import numpy as np
 
 from dspark_cli.backends.base import Draft
 from dspark_cli.engine.admission import Array, admit, convex_minorant
-from dspark_cli.engine.beliefs import Belief
+from dspark_cli.engine.beliefs import NOTHING, Belief
 from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.guard import Budget, Guard
 from dspark_cli.engine.regime import Plan, Regime, Trial
@@ -38,7 +38,6 @@ HOPELESS = 0.95  # one that would have lost this much is parked before its first
 QUICK_WAIT = 4  # rounds parked at first: a quick draft's first token is judged by the bonus token for free
 SURE_GAIN = 0.5  # tokens that a quick draft must promise where the answer's budget is spent
 UNKNOWN = "not known yet to pay"  # why nothing is verified while the drafter is watched for the first time
-NOTHING: Array = np.empty(0)
 
 
 class AutoSchedule(Schedule):

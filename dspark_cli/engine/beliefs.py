@@ -24,6 +24,7 @@ from dspark_cli.engine.profile import Notice
 from dspark_cli.engine.schedule import Outcome
 
 SCHEMA = "dspark-calibration/1"
+NOTHING: Array = np.empty(0)
 
 
 @dataclass
@@ -41,7 +42,13 @@ class Belief:
     history: PositionHistory = field(default_factory=PositionHistory)
 
     def of(self, drafts: Sequence[Draft]) -> tuple[list[Array], list[Array]]:
-        """(survivals, logits of the confidences after STS) of drafts that are not empty, one array [k] each."""
+        """(survivals, logits of the confidences after STS) of drafts that are not empty, one array [k] each.
+
+        The logits are what `learn` needs: empty where nothing is learned.
+        """
+        if not self.learns and not self.sts.temperatures and all(d.confidence is not None for d in drafts):
+            taken = [d.confidence.cumprod(dtype=np.float64) for d in drafts]  # type: ignore[union-attr]
+            return taken, [NOTHING] * len(drafts)
         if len(drafts) == 1 and drafts[0].confidence is not None:  # a single request: as quick as it can be
             x = logit(drafts[0].confidence)  # type: ignore[arg-type]
             if self.sts.temperatures:
