@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from dspark_cli.backends.base import EMPTY_DRAFT, Draft, Drafter, DraftRequest, FloatArray
 
 MAX_MATCH = 32  # longer matches count as this long
 #: match lengths that share a history: few enough that each is soon known
-BUCKETS = np.searchsorted([2, 3, 4, 5, 6, 8, 12, 16, 24, MAX_MATCH], np.arange(MAX_MATCH + 1), side="right")
+BUCKETS = np.searchsorted([2, 3, 4, 5, 6, 8, 12, 16, 24, MAX_MATCH], np.arange(MAX_MATCH + 1), side="right").tolist()
 #: what the place before the latest says of a token: there is none (or it went another way before), the same, another
 ALONE, ALIKE, APART = range(3)
 #: acceptance [3, buckets] that is assumed before anything was seen: over texts that the embedded model wrote, greedy and
@@ -37,8 +36,14 @@ MEMORY = 200  # observations of a kind that are remembered
 NOWHERE = -1
 
 
-def _prior() -> npt.NDArray[np.float64]:
-    return PRIOR**CAUTION * PRIOR_WEIGHT
+def _prior() -> list[float]:
+    return (PRIOR**CAUTION * PRIOR_WEIGHT).ravel().tolist()
+
+
+def _cells(agreement: Sequence[int], matched: int) -> list[int]:
+    """Where `_History` keeps what is known of tokens like these, `matched` words before the first: an index of PRIOR, flat."""
+    width = PRIOR.shape[1]
+    return [a * width + BUCKETS[min(matched + i, MAX_MATCH)] for i, a in enumerate(agreement)]
 
 
 @dataclass
@@ -47,8 +52,7 @@ class _Proposal:
 
     start: int
     tokens: list[int]
-    agreement: list[int]
-    buckets: npt.NDArray[np.intp]
+    cells: list[int]
     judged: int = 0
 
 
@@ -56,14 +60,14 @@ class _Proposal:
 class _History:
     """Tokens of one sequence, and the two places where each n-gram ended last: n-gram -> indices of the token after it.
 
-    kept, seen: of the proposals in this text by agreement and bucket, with the prior's
+    kept, seen: of the proposals in this text by cell, with the prior's; lists, as a few numbers are quicker so than as arrays
     open:       the proposal that is compared with the text as it goes on; a later one would mostly tell the same
     """
 
     tokens: list[int] = field(default_factory=list)
     index: dict[tuple[int, ...], tuple[int, int]] = field(default_factory=dict)
-    kept: npt.NDArray[np.float64] = field(default_factory=_prior)
-    seen: npt.NDArray[np.float64] = field(default_factory=lambda: np.full(PRIOR.shape, PRIOR_WEIGHT))
+    kept: list[float] = field(default_factory=_prior)
+    seen: list[float] = field(default_factory=lambda: [PRIOR_WEIGHT] * PRIOR.size)
     open: _Proposal | None = None
 
     def learn(self, anchor: int) -> None:
@@ -77,7 +81,7 @@ class _History:
             if at > len(text):
                 return  # still to come
             right = proposal.tokens[k] == (text[at] if at < len(text) else anchor)
-            where = proposal.agreement[k], proposal.buckets[k]
+            where = proposal.cells[k]
             self.seen[where] += 1
             self.kept[where] += right
             if self.seen[where] > MEMORY:  # follow the text at hand, not everything ever seen
@@ -137,11 +141,10 @@ class LookupDrafter(Drafter):
             agreement[:apart] = [ALIKE] * apart
             if apart < size:
                 agreement[apart] = APART
-        matched = self._match_length(history.tokens, context, latest)
-        buckets = BUCKETS[np.minimum(matched + np.arange(size), MAX_MATCH)]
-        confidence = (history.kept[agreement, buckets] / history.seen[agreement, buckets]).astype(np.float32)
+        cells = _cells(agreement, self._match_length(history.tokens, context, latest))
+        confidence = np.asarray([history.kept[c] / history.seen[c] for c in cells], dtype=np.float32)
         if history.open is None:
-            history.open = _Proposal(len(history.tokens) + 1, tokens, agreement, buckets)
+            history.open = _Proposal(len(history.tokens) + 1, tokens, cells)
         return Draft(np.asarray(tokens, dtype=np.int64), confidence, source=self.kind)
 
     def _match_length(self, tokens: list[int], context: list[int], found: int) -> int:

@@ -32,9 +32,9 @@ def count(ids: list[int], start: int, right: np.ndarray, seen: np.ndarray) -> No
         if history.open is not None:
             proposal = history.open
             for k, token in enumerate(proposal.tokens[: len(ids) - at]):
-                where = proposal.agreement[k], proposal.buckets[k]
-                seen[where] += 1
-                right[where] += token == ids[at + k]
+                cell = proposal.cells[k]
+                seen.flat[cell] += 1
+                right.flat[cell] += token == ids[at + k]
                 if token != ids[at + k]:
                     break
         drafter.observe(0, [ids[at - 1]], None)

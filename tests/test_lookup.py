@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dspark_cli.backends.base import Draft, DraftRequest
-from dspark_cli.backends.lookup import ALONE, BUCKETS, MAX_MATCH, LookupDrafter
+from dspark_cli.backends.lookup import ALONE, MAX_MATCH, LookupDrafter, _cells
 
 
 def propose(drafter: LookupDrafter, anchor: int, block: int = 8, seq: int = 0) -> Draft:
@@ -118,12 +118,11 @@ def test_confidence_learns_from_the_text_that_came_up_to_the_first_difference(ve
         assert propose(drafter, 4, 4).tokens.tolist() == [5, 6, 7, 8]
         drafter.observe(0, [4], None)
     propose(drafter, 99, 4)  # 4 was right, 5 was not, of 6 and 7 nothing is known
-    first, second = (ALONE, BUCKETS[3]), (ALONE, BUCKETS[4])
+    first, second = _cells([ALONE, ALONE], 3)
     kept[first] += 1
     for where in (first, second):
         seen[where] += 1
-    np.testing.assert_array_equal(history.kept, kept)
-    np.testing.assert_array_equal(history.seen, seen)
+    assert (history.kept, history.seen) == (kept, seen)
 
 
 def test_a_proposal_that_nobody_followed_up_is_no_evidence() -> None:
