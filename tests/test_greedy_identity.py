@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from dspark_cli.engine.auto import AutoSchedule
+from dspark_cli.engine.costs import CostModel, Curve
 from dspark_cli.engine.rounds import Request, SamplingOptions
 from dspark_cli.engine.session import NEAR_TIE, OpenOptions, Session, first_difference
 from dspark_cli.registry import resolve
@@ -29,6 +31,22 @@ ARMS = {
 }
 
 pytestmark = pytest.mark.slow
+
+
+class DraftsPay(CostModel):
+    """Costs that no round changes: where this machine's own say that drafts do not pay, `auto` verifies next to nothing."""
+
+    def observe_verify(self, shared: int, tokens: int, depth: float, ms: float) -> None:
+        pass
+
+    def observe_draft(self, shared: int, block: int, depth: float, ms: float) -> None:
+        pass
+
+    def observe_pass(self, shared: int, own_ms: float, inject_ms: float) -> None:
+        pass
+
+    def observe_overhead(self, own_ms: float) -> None:
+        pass
 
 
 def some(count: int) -> Sequence[str]:
@@ -73,6 +91,10 @@ def test_every_drafter_and_policy_gives_the_plain_text(
     own, prompts = resolve("smollm2-135m").drafter_path, some(ARMS[arm])
     options = OpenOptions(embedded_gguf, "smollm2-135m", drafter=path, drafter_path=own, policy=policy)
     with Session.open(options) as session:
+        if isinstance(session.schedule, AutoSchedule):
+            session.schedule.costs = DraftsPay(
+                Curve({1: 10.0, 2: 12.0, 5: 15.0, 17: 30.0}), draft=Curve({1: 1.0, 4: 2.0})
+            )
         tokens, _, accepted = answers(session, SamplingOptions(), prompts)
     assert accepted > 50, "nothing was drafted: the test says nothing"
     ties = []
