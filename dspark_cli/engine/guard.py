@@ -29,6 +29,7 @@ class Budget:
     """What speculation may cost one answer beyond what it gained there, in tokens of plain decoding.
 
     Trials that fail and drafts that are refused add up, each for good reasons, and a short answer has no time to earn it back.
+    Where several answers are decoded at once the account is a mean over them and goes on from one to the next.
     """
 
     gained: float = 0.0
