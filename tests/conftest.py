@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from platformdirs import user_cache_path
 
 if TYPE_CHECKING:
     from hub_server import HubServer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Every test has a cache folder of its own; products for the CPU are compiled once for all of them.
+os.environ.setdefault("DSPARK_CPU_KERNELS_DIR", str(user_cache_path("dspark") / "kernels"))
 # A shell starts background jobs deaf to Ctrl-C, and their children inherit it; here it is tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

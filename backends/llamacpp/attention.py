@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dspark_cli.backends.llamacpp.quants import QUANTS
+from dspark_cli.kernels import cpu_matmul
 
-#: general.file_type of float weights -> the word for it
-FLOAT_WEIGHTS = {QUANTS[word]: word for word in ("F32", "F16", "BF16")}
+#: words of float weights; passes of several tokens differ from passes of one in the last bits at most
+FLOAT_WEIGHTS = ("F32", "F16", "BF16")
+#: words of quantized weights whose products kernels/cpu_matmul.c computes with the same bits at any width
+STEADY_WEIGHTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
 #: KV types that attention without flash can read (libllama refuses a quantized V there)
 FLOAT_KV = ("f32", "f16", "bf16")
 #: with more sequences in one cache, scores of each with the tokens of all others cost more than flash (docs/bench.md)
@@ -15,19 +17,24 @@ UBATCH = 512
 UBATCH_SCORES = 256
 
 
-def flash_word(word: str, kv_type: str, on_cpu: bool, n_seq: int, *, quantized: bool) -> str:
+def steady(file_format: str) -> bool:
+    """Whether a target of this format says (nearly) the same in passes of any width, as long as attention does."""
+    return file_format in FLOAT_WEIGHTS or (file_format in STEADY_WEIGHTS and cpu_matmul.usable())
+
+
+def flash_word(word: str, kv_type: str, on_cpu: bool, n_seq: int, *, steady: bool) -> str:
     """`auto` decided where it could be measured (docs/bench.md); a GPU's attention is left to libllama.
 
     On a CPU libllama's flash attention costs a token of a verify pass nearly as much as a pass of its own from a few
-    hundred tokens of context on. But on one thread, or up to 256 tokens of context, it gives the same bits whatever the
-    width of the pass, and so do matrix products of most quantized weights: there a target says exactly what it says when
-    it decodes alone. Without flash it never does: last bits differ, quantizing the activations makes that 0.2 logits, and
-    3 % of the tokens are near-ties. Float weights differ in the last bits anyway, and by as little without flash.
+    hundred tokens of context on, and from 256 tokens on other bits than in a pass of one. Without flash attention is two
+    matrix products, and kernels/cpu_matmul.c computes those, like the weights', with the same bits at any width: a target
+    says exactly what it says when it decodes alone. Where that cannot be used, quantizing activations makes 0.2 logits of
+    last bits that differ, 3 % of the tokens are near-ties, and flash keeps at least short contexts free of that.
 
-    quantized: the weights are, and the answer must not depend on it: a target. A drafter's answers may.
+    steady: `steady` of a target's format; a drafter's answers may differ in passes of another width.
     """
     if word == "auto" and on_cpu:
-        return "on" if quantized or kv_type not in FLOAT_KV or n_seq > FEW_SEQUENCES else "off"
+        return "off" if steady and kv_type in FLOAT_KV and n_seq <= FEW_SEQUENCES else "on"
     return word
 
 

@@ -14,10 +14,14 @@ import numpy as np
 from dspark_cli.backends.base import DsparkError, NotReady, Tokenizer
 from dspark_cli.backends.gguf_file import check_file
 from dspark_cli.backends.llamacpp import native
+from dspark_cli.backends.llamacpp.header import read_header
 from dspark_cli.backends.llamacpp.native import lib
+from dspark_cli.kernels import cpu_matmul
 
 #: architecture of a DSpark or DFlash drafter's GGUF
 DRAFTER_ARCHITECTURE = "dflash"
+#: ggml.h: a type of tensor
+GGML_Q4_K = 12
 
 
 class Model:
@@ -42,6 +46,7 @@ class Model:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocab_only
+        params.use_extra_bufts = not _laid_out_badly(self.path)
         stopped: list[BaseException] = []
         if progress is not None:
             params.progress_callback = _told(progress, stopped)
@@ -97,6 +102,15 @@ class Model:
         if self.handle:
             lib.llama_model_free(self.handle)
             self.handle = None
+
+
+def _laid_out_badly(path: Path) -> bool:
+    """Whether ggml's own layout of these weights on a CPU would cost exactness: Q4_K interleaved, where passes of four tokens
+    and more round otherwise than passes of one. As they lie, kernels/cpu_matmul.c computes both alike, and as quickly.
+    """
+    if "Q4_K" not in cpu_matmul.state().types or native.has_amx():
+        return False
+    return any(tensor.kind == GGML_Q4_K for tensor in read_header(path).tensors.values())
 
 
 def _told(progress: Callable[[float], None], stopped: list[BaseException]) -> Any:

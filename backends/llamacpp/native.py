@@ -15,19 +15,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dspark_cli.backends.base import DsparkError, FloatArray, IntArray
+from dspark_cli.kernels import cpu_matmul
 
 # Before libgomp loads. By default it spins for milliseconds at each of ggml's several hundred barriers a token, and beside
 # another multi-threaded program the waiting threads take turns at it. `python -m dspark_cli.bench.neighbour` measures it:
 # no difference on a quiet machine or beside one busy thread, 28 against 5 to 25 tok/s beside another session.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import llama_cpp
-from llama_cpp import llama_cpp as lib
+# Before libllama loads: its CPU backend binds the products that are there.
+cpu_matmul.preload()
+
+import llama_cpp  # noqa: E402
+from llama_cpp import llama_cpp as lib  # noqa: E402
+
+_LIBRARIES = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(llama_cpp.__file__).parent / "lib")
+cpu_matmul.start(_LIBRARIES / "libggml-cpu.so")
 
 SUPPORTED_VERSION = "0.3.36"
 
@@ -141,6 +149,14 @@ def start() -> NativeLog:
     """Initialise libllama once a process and take over its log."""
     lib.llama_backend_init()
     return NativeLog()
+
+
+def has_amx() -> bool:
+    """Whether ggml was built for AMX and the processor has it: its weights are laid out for that then."""
+    from llama_cpp import _ggml
+
+    asked = getattr(_ggml.libggml, "ggml_cpu_has_amx_int8", None)
+    return bool(asked and asked())
 
 
 def devices() -> list[dict[str, Any]]:

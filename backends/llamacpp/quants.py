@@ -8,6 +8,14 @@ from dspark_cli.backends.errors import BadInput
 
 #: what a drafter's matrix may be stored as -> number in general.file_type
 QUANTS = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q5_1": 9, "Q5_0": 8, "Q4_1": 3, "Q4_0": 2}
+#: general.file_type -> its word, as far as we must know it before gguf is loaded
+FILE_TYPES = {number: word for word, number in QUANTS.items()} | {
+    14: "Q4_K_S",
+    15: "Q4_K_M",
+    16: "Q5_K_S",
+    17: "Q5_K_M",
+    18: "Q6_K",
+}
 
 
 @dataclass(frozen=True)
