@@ -167,16 +167,19 @@ def preload() -> None:
         _state = State(problem=f"could not be built: {error}")
 
 
-def start(library: Path) -> None:
-    """Compare with ggml's own dot products, bit by bit, and compute from now on the formats that agree.
+def library() -> Path | None:
+    """The file of ggml's CPU backend that this process has loaded: wheels hold copies, and each would be another library."""
+    mapped = (line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines())
+    return next((Path(path) for path in mapped if Path(path).name.startswith("libggml-cpu")), None)
 
-    library: ggml's CPU backend (libggml-cpu.so), which this process has loaded and initialised.
-    """
+
+def start() -> None:
+    """Compare with ggml's own dot products, bit by bit, and compute the formats that agree from now on. After libllama loads."""
     global _state
     if _loaded is None:
         return
     try:
-        ggml = ctypes.CDLL(str(library))
+        ggml = ctypes.CDLL(str(library()))
         own, tiled, traits = (
             ctypes.cast(getattr(ggml, name), ctypes.c_void_p)
             for name in ("llamafile_sgemm", "ggml_compute_forward_mul_mat_tiled", "ggml_get_type_traits_cpu")

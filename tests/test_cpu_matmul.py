@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dspark_cli.backends.base import Row
-from dspark_cli.backends.llamacpp import native
+from dspark_cli.backends.llamacpp import native  # noqa: F401  (loads libllama)
 from dspark_cli.backends.llamacpp.attention import FEW_SEQUENCES, steady
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
@@ -33,7 +33,6 @@ COLUMNS = {
     **dict.fromkeys(("Q4_1", "Q5_1"), Q8_1),
     **dict.fromkeys(("Q4_K", "Q5_K", "Q6_K"), Q8_K),
 }
-LIBRARY = Path(native.llama_cpp.__file__).parent / "lib" / "libggml-cpu.so"
 
 
 class Traits(ctypes.Structure):  # ggml-cpu.h
@@ -64,7 +63,7 @@ TO_COLUMN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_in
 
 
 def ggml() -> Any:
-    library = ctypes.CDLL(str(LIBRARY))
+    library = ctypes.CDLL(str(cpu_matmul.library()))
     library.ggml_get_type_traits_cpu.restype = ctypes.POINTER(Traits)
     for name in ("ggml_type_size", "ggml_row_size", "ggml_quantize_chunk"):
         getattr(library, name).restype = ctypes.c_size_t

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,8 +33,7 @@ cpu_matmul.preload()
 import llama_cpp  # noqa: E402
 from llama_cpp import llama_cpp as lib  # noqa: E402
 
-_LIBRARIES = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(llama_cpp.__file__).parent / "lib")
-cpu_matmul.start(_LIBRARIES / "libggml-cpu.so")
+cpu_matmul.start()
 
 SUPPORTED_VERSION = "0.3.36"
 
