@@ -22,6 +22,7 @@ test: $(VENV)/.installed-dev lint
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror kernels/*.c kernels/*.h
 	rm -rf build/types && mkdir -p build/types/dspark_cli
 	ln -s $(CURDIR)/dspark_cli/* $(CURDIR)/backends $(CURDIR)/kernels build/types/dspark_cli/
 	$(BIN)/mypy --config-file pyproject.toml build/types/dspark_cli
@@ -29,6 +30,7 @@ lint: $(VENV)/.installed-dev
 fix: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i kernels/*.c kernels/*.h
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,40 +1,31 @@
 // Matrix products of ggml's CPU backend for passes of a few tokens, to the bit what ggml computes for one token.
 //
-// ggml computes a pass of one token by a dot product a weight row, and a pass of several by other kernels, which cut the rows
-// among threads in pieces of 16, so that a verify pass of two tokens costs two plain ones on a CPU that waits for memory, and
-// round otherwise. Here every thread streams one contiguous range of rows, each row once for all tokens, and sums in the order
-// of ggml's own dot product. `start` compares the two bit by bit, and types that differ are left to ggml.
+// ggml computes a pass of one token by a dot product a weight row, and a pass of several by other kernels, which cut
+// the rows among threads in pieces of 16, so that a verify pass of two tokens costs two plain ones on a CPU that waits
+// for memory, and round otherwise. Here every thread streams one contiguous range of rows, each row once for all
+// tokens, and sums in the order of ggml's own dot product. `start` compares the two bit by bit, and types that differ
+// are left to ggml.
 //
-// It takes the place of `llamafile_sgemm`, which ggml asks for every product, and of `ggml_compute_forward_mul_mat_tiled`, which
-// it asks before (ggml-cpu.c, llama.cpp as in llama-cpp-python 0.3.36): this library is loaded before ggml, by cpu_matmul.py,
-// and hands on what it does not compute.
+// It takes the place of `llamafile_sgemm`, which ggml asks for every product, and of
+// `ggml_compute_forward_mul_mat_tiled`, which it asks before (ggml-cpu.c, llama.cpp as in llama-cpp-python 0.3.36):
+// this library is loaded before ggml, by cpu_matmul.py, and hands on what it does not compute.
 
-#include <immintrin.h>
 #include <stdatomic.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
 
-// ggml.h
-enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q8_1 = 9, Q4_K = 12, Q5_K = 13, Q6_K = 14, Q8_K = 15, TYPES = 64 };
-// ggml-common.h: 32 weights a block, 256 where the name ends with K
-enum { BLOCK = 32, SUPER = 256 };
-typedef struct { uint16_t d; uint8_t qs[BLOCK / 2]; } block_q4_0;
-typedef struct { uint16_t d, m; uint8_t qs[BLOCK / 2]; } block_q4_1;
-typedef struct { uint16_t d; uint8_t qh[4], qs[BLOCK / 2]; } block_q5_0;
-typedef struct { uint16_t d, m; uint8_t qh[4], qs[BLOCK / 2]; } block_q5_1;
-typedef struct { uint16_t d; int8_t qs[BLOCK]; } block_q8_0;
-typedef struct { uint16_t d, s; int8_t qs[BLOCK]; } block_q8_1;
-typedef struct { uint16_t d, dmin; uint8_t scales[12], qs[SUPER / 2]; } block_q4_K;
-typedef struct { uint16_t d, dmin; uint8_t scales[12], qh[SUPER / 8], qs[SUPER / 2]; } block_q5_K;
-typedef struct { uint8_t ql[SUPER / 2], qh[SUPER / 4]; int8_t scales[SUPER / 16]; uint16_t d; } block_q6_K;
-typedef struct { float d; int8_t qs[SUPER]; int16_t sums[SUPER / 16]; } block_q8_K;
+#include "cpu_tiles.h"
+
 // ggml-cpu-impl.h: the two fields in front
-typedef struct { int thread, threads; } compute_params;
+typedef struct {
+    int thread, threads;
+} compute_params;
 // ggml-cpu.h
 typedef void (*dot_fn)(int n, float *out, size_t, const void *row, size_t, const void *column, size_t, int);
-typedef struct { void *from_float; dot_fn dot; int column_type; int64_t rows; } type_traits;
+typedef struct {
+    void *from_float;
+    dot_fn dot;
+    int column_type;
+    int64_t rows;
+} type_traits;
 
 // ggml.h: as far as the operands
 typedef struct tensor {
@@ -47,405 +38,18 @@ typedef struct tensor {
 } tensor;
 
 typedef bool (*tiled_fn)(const compute_params *, tensor *product);
-typedef bool (*product_fn)(const compute_params *, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b,
-                           int64_t ldb, void *c, int64_t ldc, int a_type, int b_type, int c_type);
+typedef bool (*product_fn)(const compute_params *, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
+                           const void *b, int64_t ldb, void *c, int64_t ldc, int a_type, int b_type, int c_type);
 
-enum {
-    COLUMNS = 8,               // of a tile: what the registers hold
-    SCRATCH = 128 * 1024,      // floats a thread: columns as floats, or their scales; half of a usual second-level cache
-    ROW_BYTES = 16 * 1024,     // rows that more columns than a tile pass over before the next rows: half of a first-level cache
-    AHEAD = 512,               // bytes: a row is asked for before it is read; a short row ends before the prefetcher has found it
-    VERIFIED = 32,             // columns of passes that verify; wider ones are prompts, where ggml is as quick for F16, F32 and K
-};
-
-#define INLINE static inline __attribute__((always_inline))
+enum { TYPES = 64 };
+// Floats a thread: columns as floats, or their scales. Half of a usual second-level cache.
+enum { SCRATCH = 128 * 1024 };
+// Of rows that more columns than a tile pass over before the next rows: half of a first-level cache.
+enum { ROW_BYTES = 16 * 1024 };
+// Columns of passes that verify. Wider ones are prompts: there ggml is as quick for F16, F32 and the K types.
+enum { VERIFIED = 32 };
 
 static _Thread_local float scratch[SCRATCH] __attribute__((aligned(64)));
-
-// Rows lo..hi of a times n columns of b into c: c[j * ldc + i] = a[i] . b[j], n at most COLUMNS; k blocks a row.
-typedef struct {
-    int64_t lo, hi, k;
-    const char *a, *b;
-    size_t a_bytes, b_bytes;  // of a row, of a column
-    const float *prepared;    // of these columns, by `prepare_*`
-    float *c;
-    int64_t ldc;
-} job;
-
-INLINE float half(uint16_t h) { return _cvtsh_ss(h); }
-
-INLINE void prefetch(const void *row) { _mm_prefetch((const char *)row + AHEAD, _MM_HINT_T0); }
-
-INLINE float sum_8(__m256 x) {
-    __m128 r = _mm_add_ps(_mm256_extractf128_ps(x, 1), _mm256_castps256_ps128(x));
-    r = _mm_add_ps(r, _mm_movehl_ps(r, r));
-    return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
-}
-
-// Sums of four products each, of unsigned and signed bytes. The 16-bit way holds 2 * 255 * 127 only for weights up to 128.
-INLINE __m256 dot_bytes(__m256i u, __m256i s) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(_mm256_setzero_si256(), u, s));
-#else
-    return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
-#endif
-}
-
-// Number j of eight, eightfold.
-INLINE __m256 spread(__m256 x, int j) { return _mm256_permutevar8x32_ps(x, _mm256_set1_epi32(j)); }
-
-INLINE __m256i nibbles(const uint8_t *qs) {
-    const __m128i both = _mm_loadu_si128((const __m128i *)qs);
-    return _mm256_and_si256(_mm256_set1_epi8(15), _mm256_set_m128i(_mm_srli_epi16(both, 4), both));
-}
-
-// 32 bits as bytes: all ones where a bit is set.
-INLINE __m256i bits(const uint8_t *qh) {
-    uint32_t word;
-    memcpy(&word, qh, 4);
-    const __m256i each = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
-    const __m256i others = _mm256_set1_epi64x(0x7fbfdfeff7fbfdfe);
-    return _mm256_cmpeq_epi8(_mm256_or_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int)word), each), others), _mm256_set1_epi8(-1));
-}
-
-// ---- Q8_0, Q5_0, Q4_0: signed bytes times a scale, columns in Q8_0 ----
-
-INLINE __m256i bytes_q8_0(const block_q8_0 *x) { return _mm256_loadu_si256((const __m256i *)x->qs); }
-INLINE __m256i bytes_q5_0(const block_q5_0 *x) {  // bit 5 says that it is not negative
-    return _mm256_or_si256(nibbles(x->qs), _mm256_andnot_si256(bits(x->qh), _mm256_set1_epi8((char)0xF0)));
-}
-INLINE __m256i bytes_q4_0(const block_q4_0 *x) { return _mm256_sub_epi8(nibbles(x->qs), _mm256_set1_epi8(8)); }
-
-// Scales of up to COLUMNS columns, block by block. Those that are not there are zero: leftovers could be denormal, and slow.
-static void prepare_q8_0(const job *w, int n, float *to) {
-    for (int64_t k = 0; k < w->k; k++)
-        for (int j = 0; j < COLUMNS; j++)
-            to[COLUMNS * k + j] = j < n ? half(((const block_q8_0 *)(w->b + j * w->b_bytes))[k].d) : 0.0f;
-}
-
-#define SIGNED_TILE(TYPE) \
-    INLINE void tile_##TYPE(const job *w, const int n) { \
-        const int64_t length = w->k; \
-        for (int64_t i = w->lo; i < w->hi; i++) { \
-            const block_##TYPE *row = (const block_##TYPE *)(w->a + i * w->a_bytes); \
-            __m256 sums[COLUMNS]; \
-            for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps(); \
-            for (int64_t k = 0; k < length; k++) { \
-                prefetch(row + k); \
-                const __m256i x = bytes_##TYPE(row + k), size = _mm256_abs_epi8(x); \
-                const __m256 d = _mm256_mul_ps(_mm256_set1_ps(half(row[k].d)), _mm256_load_ps(w->prepared + COLUMNS * k)); \
-                for (int j = 0; j < n; j++) { \
-                    const block_q8_0 *column = (const block_q8_0 *)(w->b + j * w->b_bytes) + k; \
-                    const __m256i y = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *)column->qs), x); \
-                    sums[j] = _mm256_fmadd_ps(spread(d, j), dot_bytes(size, y), sums[j]); \
-                } \
-            } \
-            for (int j = 0; j < n; j++) w->c[j * w->ldc + i] = sum_8(sums[j]); \
-        } \
-    }
-SIGNED_TILE(q8_0)
-SIGNED_TILE(q5_0)
-SIGNED_TILE(q4_0)
-
-// ---- Q5_1, Q4_1: unsigned bytes times a scale, and a minimum; columns in Q8_1, which knows their sums ----
-
-INLINE __m256i bytes_q5_1(const block_q5_1 *x) {
-    return _mm256_or_si256(nibbles(x->qs), _mm256_and_si256(bits(x->qh), _mm256_set1_epi8(16)));
-}
-INLINE __m256i bytes_q4_1(const block_q4_1 *x) { return nibbles(x->qs); }
-
-// Scales and sums of up to COLUMNS columns, block by block.
-static void prepare_q8_1(const job *w, int n, float *to) {
-    for (int64_t k = 0; k < w->k; k++)
-        for (int j = 0; j < COLUMNS; j++) {
-            const block_q8_1 *column = (const block_q8_1 *)(w->b + j * w->b_bytes) + k;
-            to[2 * COLUMNS * k + j] = j < n ? half(column->d) : 0.0f;
-            to[2 * COLUMNS * k + COLUMNS + j] = j < n ? half(column->s) : 0.0f;
-        }
-}
-
-#define MINIMUM_TILE(TYPE) \
-    INLINE void tile_##TYPE(const job *w, const int n) { \
-        const int64_t length = w->k; \
-        for (int64_t i = w->lo; i < w->hi; i++) { \
-            const block_##TYPE *row = (const block_##TYPE *)(w->a + i * w->a_bytes); \
-            __m256 sums[COLUMNS], minimums = _mm256_setzero_ps(); \
-            for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps(); \
-            for (int64_t k = 0; k < length; k++) { \
-                prefetch(row + k); \
-                const float *of_columns = w->prepared + 2 * COLUMNS * k; \
-                const __m256i x = bytes_##TYPE(row + k); \
-                const __m256 d = _mm256_mul_ps(_mm256_set1_ps(half(row[k].d)), _mm256_load_ps(of_columns)); \
-                minimums = _mm256_fmadd_ps(_mm256_set1_ps(half(row[k].m)), _mm256_load_ps(of_columns + COLUMNS), minimums); \
-                for (int j = 0; j < n; j++) { \
-                    const block_q8_1 *column = (const block_q8_1 *)(w->b + j * w->b_bytes) + k; \
-                    const __m256i y = _mm256_loadu_si256((const __m256i *)column->qs); \
-                    sums[j] = _mm256_fmadd_ps(spread(d, j), dot_bytes(x, y), sums[j]); \
-                } \
-            } \
-            float of_minimums[COLUMNS]; \
-            _mm256_storeu_ps(of_minimums, minimums); \
-            for (int j = 0; j < n; j++) w->c[j * w->ldc + i] = sum_8(sums[j]) + of_minimums[j]; \
-        } \
-    }
-MINIMUM_TILE(q5_1)
-MINIMUM_TILE(q4_1)
-
-// ---- Q4_K, Q5_K, Q6_K: 256 weights a block in groups with scales of their own; columns in Q8_K ----
-
-enum { PREPARED_K = 5 * COLUMNS };  // floats: a scale a column, and its eight sums of 32 (16 bits each)
-
-static void prepare_q8_K(const job *w, int n, float *to) {
-    for (int64_t k = 0; k < w->k; k++)
-        for (int j = 0; j < COLUMNS; j++) {
-            const block_q8_K *column = (const block_q8_K *)(w->b + j * w->b_bytes) + k;
-            to[PREPARED_K * k + j] = j < n ? column->d : 0.0f;
-            if (j >= n) continue;
-            const __m128i low = _mm_loadu_si128((const __m128i *)column->sums), high = _mm_loadu_si128((const __m128i *)column->sums + 1);
-            _mm_store_si128((__m128i *)(to + PREPARED_K * k + COLUMNS + 4 * j), _mm_hadd_epi16(low, high));
-        }
-}
-
-// 16-bit number i of eight, for a group of 32 products; signed byte 2i and 2i + 1 of 16, for two groups of 16.
-INLINE __m256i scale_of_32(__m256i scales, int i) { return _mm256_shuffle_epi8(scales, _mm256_set1_epi16((short)(0x0100 + 0x0202 * i))); }
-INLINE __m256i scales_of_16(__m128i scales, int i) {
-    const __m128i each = _mm_set_epi64x(0x0101010101010101 * (2 * i + 1), 0x0101010101010101 * (2 * i));
-    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(scales, each));
-}
-
-// Sum over eight groups of 32: scale times unsigned byte times signed byte.
-INLINE __m256i dot_super(const __m256i *x, const __m256i *scales, const int8_t *y) {
-    __m256i sum = _mm256_setzero_si256();
-    for (int c = 0; c < 8; c++) {
-        const __m256i pairs = _mm256_maddubs_epi16(x[c], _mm256_loadu_si256((const __m256i *)(y + 32 * c)));
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-        sum = _mm256_dpwssd_epi32(sum, scales[c], pairs);
-#else
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(scales[c], pairs));
-#endif
-    }
-    return sum;
-}
-
-// The 6-bit scales (first) and minimums (second) of eight groups, 16 bits each.
-INLINE void unpack_scales(const uint8_t *packed, __m128i *scales, __m128i *minimums) {
-    uint32_t u[4];
-    memcpy(u, packed, 12);
-    u[3] = (u[2] >> 4 & 0x0f0f0f0f) | (u[1] >> 6 & 0x03030303) << 4;
-    const uint32_t second = u[1] & 0x3f3f3f3f;
-    u[1] = (u[2] & 0x0f0f0f0f) | (u[0] >> 6 & 0x03030303) << 4;
-    u[2] = second;
-    u[0] &= 0x3f3f3f3f;
-    *scales = _mm_cvtepu8_epi16(_mm_set_epi32(0, 0, (int)u[1], (int)u[0]));
-    *minimums = _mm_cvtepu8_epi16(_mm_set_epi32(0, 0, (int)u[3], (int)u[2]));
-}
-
-// is_q5: Q5_K, with a fifth bit a weight; its minimums are summed as one number, those of Q4_K as four.
-INLINE void tile_k(const job *w, const bool is_q5, const int n) {
-    const int64_t length = w->k;
-    for (int64_t i = w->lo; i < w->hi; i++) {
-        const char *row = w->a + i * w->a_bytes;
-        __m256 sums[COLUMNS];
-        __m128 minimums[COLUMNS];
-        float of_minimums[COLUMNS];
-        for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps(), minimums[j] = _mm_setzero_ps(), of_minimums[j] = 0;
-        for (int64_t k = 0; k < length; k++) {
-            const block_q5_K *q5 = (const block_q5_K *)row + k;
-            // Both begin alike.
-            const block_q4_K *q4 = is_q5 ? (const block_q4_K *)q5 : (const block_q4_K *)row + k;
-            const uint8_t *qs = is_q5 ? q5->qs : q4->qs;
-            const float *of_columns = w->prepared + PREPARED_K * k;
-            __m128i packed, of_groups;
-            unpack_scales(q4->scales, &packed, &of_groups);
-            const __m256i both = _mm256_set_m128i(packed, packed);
-            __m256i x[8], scales[8];
-            for (int c = 0; c < 4; c++) {
-                prefetch(qs + 32 * c);
-                const __m256i two = _mm256_loadu_si256((const __m256i *)(qs + 32 * c));
-                x[2 * c] = _mm256_and_si256(two, _mm256_set1_epi8(15));
-                x[2 * c + 1] = _mm256_and_si256(_mm256_srli_epi16(two, 4), _mm256_set1_epi8(15));
-            }
-            if (is_q5) {
-                const __m256i high = _mm256_loadu_si256((const __m256i *)q5->qh), fifth = _mm256_set1_epi8(16);
-                for (int c = 0; c < 4; c++) x[c] = _mm256_or_si256(x[c], _mm256_and_si256(_mm256_slli_epi16(high, 4 - c), fifth));
-                for (int c = 4; c < 8; c++) x[c] = _mm256_or_si256(x[c], _mm256_and_si256(_mm256_srli_epi16(high, c - 4), fifth));
-            }
-            for (int c = 0; c < 8; c++) scales[c] = scale_of_32(both, c);
-            const __m256 of_scale = _mm256_load_ps(of_columns), minus = _mm256_set1_ps(-0.0f);
-            const __m256 d = _mm256_mul_ps(_mm256_set1_ps(half(q4->d)), of_scale);
-            const __m256 dmin = _mm256_mul_ps(_mm256_set1_ps(half(q4->dmin)), _mm256_xor_ps(of_scale, minus));
-            for (int j = 0; j < n; j++) {
-                const block_q8_K *column = (const block_q8_K *)(w->b + j * w->b_bytes) + k;
-                sums[j] = _mm256_fmadd_ps(spread(d, j), _mm256_cvtepi32_ps(dot_super(x, scales, column->qs)), sums[j]);
-                const __m128i products = _mm_madd_epi16(of_groups, _mm_load_si128((const __m128i *)(of_columns + COLUMNS + 4 * j)));
-                const __m128 by = _mm256_castps256_ps128(spread(dmin, j));
-                if (is_q5) {
-                    const __m128i two = _mm_hadd_epi32(products, products);
-                    const float sum = (float)_mm_cvtsi128_si32(_mm_hadd_epi32(two, two));
-                    of_minimums[j] = __builtin_fmaf(_mm_cvtss_f32(by), sum, of_minimums[j]);
-                } else minimums[j] = _mm_fmadd_ps(by, _mm_cvtepi32_ps(products), minimums[j]);
-            }
-        }
-        for (int j = 0; j < n; j++) {
-            const __m128 two = _mm_add_ps(minimums[j], _mm_movehl_ps(minimums[j], minimums[j]));
-            const float sum = is_q5 ? of_minimums[j] : _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-            w->c[j * w->ldc + i] = sum_8(sums[j]) + sum;
-        }
-    }
-}
-INLINE void tile_q4_K(const job *w, const int n) { tile_k(w, false, n); }
-INLINE void tile_q5_K(const job *w, const int n) { tile_k(w, true, n); }
-
-INLINE void tile_q6_K(const job *w, const int n) {
-    const int64_t length = w->k;
-    for (int64_t i = w->lo; i < w->hi; i++) {
-        const block_q6_K *row = (const block_q6_K *)(w->a + i * w->a_bytes);
-        __m256 sums[COLUMNS];
-        for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps();
-        for (int64_t k = 0; k < length; k++) {
-            const __m128i packed = _mm_loadu_si128((const __m128i *)row[k].scales);
-            const __m256i all = _mm256_cvtepi8_epi16(packed), low = _mm256_set1_epi8(15), high = _mm256_set1_epi8(48);
-            __m256i x[8], scales[8];
-            for (int c = 0; c < 2; c++) {
-                prefetch(row[k].ql + 64 * c);
-                prefetch(row[k].qh + 32 * c);
-                const __m256i first = _mm256_loadu_si256((const __m256i *)(row[k].ql + 64 * c));
-                const __m256i second = _mm256_loadu_si256((const __m256i *)(row[k].ql + 64 * c + 32));
-                const __m256i upper = _mm256_loadu_si256((const __m256i *)(row[k].qh + 32 * c));
-                x[4 * c] = _mm256_or_si256(_mm256_and_si256(first, low), _mm256_and_si256(_mm256_slli_epi16(upper, 4), high));
-                x[4 * c + 1] = _mm256_or_si256(_mm256_and_si256(second, low), _mm256_and_si256(_mm256_slli_epi16(upper, 2), high));
-                x[4 * c + 2] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(first, 4), low), _mm256_and_si256(upper, high));
-                x[4 * c + 3] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(second, 4), low),
-                                               _mm256_and_si256(_mm256_srli_epi16(upper, 2), high));
-            }
-            for (int c = 0; c < 8; c++) scales[c] = scales_of_16(packed, c);
-            const __m256 d = _mm256_mul_ps(_mm256_set1_ps(half(row[k].d)), _mm256_load_ps(w->prepared + PREPARED_K * k));
-            for (int j = 0; j < n; j++) {
-                const block_q8_K *column = (const block_q8_K *)(w->b + j * w->b_bytes) + k;
-                // Weights are 32 less than their bits say.
-                const __m256i of_sums = _mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)column->sums), all);
-                const __m256i sum = _mm256_sub_epi32(dot_super(x, scales, column->qs), _mm256_slli_epi32(of_sums, 5));
-                sums[j] = _mm256_fmadd_ps(spread(d, j), _mm256_cvtepi32_ps(sum), sums[j]);
-            }
-        }
-        for (int j = 0; j < n; j++) w->c[j * w->ldc + i] = sum_8(sums[j]);
-    }
-}
-
-// ---- F16 and F32: four vectors of sums, as ggml has them; of F16 the rest one by one. (What compilers make of ggml's rest of
-// F32 differs: rows of F32 must be whole steps.) ----
-
-#if defined(__AVX512F__)
-typedef __m512 floats;
-enum { WIDTH = 16, FLOAT_TILE = 6 };
-#define ZERO _mm512_setzero_ps()
-#define LOAD(p) _mm512_loadu_ps(p)
-#define STORE(p, x) _mm512_storeu_ps(p, x)
-#define LOAD_HALF(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
-#define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define ADD(a, b) _mm512_add_ps(a, b)
-INLINE float sum_floats(floats x) { return _mm512_reduce_add_ps(x); }
-#else
-typedef __m256 floats;
-enum { WIDTH = 8, FLOAT_TILE = 3 };
-#define ZERO _mm256_setzero_ps()
-#define LOAD(p) _mm256_loadu_ps(p)
-#define STORE(p, x) _mm256_storeu_ps(p, x)
-#define LOAD_HALF(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
-#define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
-#define ADD(a, b) _mm256_add_ps(a, b)
-INLINE float sum_floats(floats x) {
-    const __m128 t = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)), u = _mm_hadd_ps(t, t);
-    return _mm_cvtss_f32(_mm_hadd_ps(u, u));
-}
-#endif
-enum { STEP = 4 * WIDTH };
-
-// Columns as floats, one after the other.
-static void prepare_f16(const job *w, int n, float *to) {
-    for (int j = 0; j < n; j++) {
-        const uint16_t *column = (const uint16_t *)(w->b + j * w->b_bytes);
-        int64_t k = 0;
-        for (; k + WIDTH <= w->k; k += WIDTH) STORE(to + j * w->k + k, LOAD_HALF(column + k));
-        for (; k < w->k; k++) to[j * w->k + k] = half(column[k]);
-    }
-}
-
-// The rest of a row of F16 that is no whole number of steps.
-static __attribute__((noinline)) void add_rest(const uint16_t *row, const float *columns, int64_t apart, int64_t k, const job *w,
-                                               int64_t i, int n) {
-    for (int j = 0; j < n; j++) {
-        double sum = w->c[j * w->ldc + i];
-        for (int64_t rest = k; rest < w->k; rest++) sum += half(row[rest]) * columns[j * apart + rest];
-        w->c[j * w->ldc + i] = (float)sum;
-    }
-}
-
-INLINE void tile_floats(const job *w, const bool is_half, const int n) {
-    const float *columns = is_half ? w->prepared : (const float *)w->b;
-    const int64_t apart = is_half ? w->k : (int64_t)(w->b_bytes / sizeof(float));
-    const int64_t length = w->k;
-    for (int64_t i = w->lo; i < w->hi; i++) {
-        const char *row = w->a + i * w->a_bytes;
-        floats sums[FLOAT_TILE][4];
-        for (int j = 0; j < n; j++)
-            for (int p = 0; p < 4; p++) sums[j][p] = ZERO;
-        int64_t k = 0;
-        for (; k + STEP <= length; k += STEP) {
-            floats x[4];
-            for (int p = 0; p < 4; p++) {
-                const char *at = row + (k + p * WIDTH) * (is_half ? 2 : 4);
-                prefetch(at);
-                x[p] = is_half ? LOAD_HALF(at) : LOAD((const float *)at);
-            }
-            for (int j = 0; j < n; j++)
-                for (int p = 0; p < 4; p++) sums[j][p] = FMA(x[p], LOAD(columns + j * apart + k + p * WIDTH), sums[j][p]);
-        }
-        for (int j = 0; j < n; j++)
-            w->c[j * w->ldc + i] = sum_floats(ADD(ADD(sums[j][0], sums[j][2]), ADD(sums[j][1], sums[j][3])));
-        if (k < w->k) add_rest((const uint16_t *)row, columns, apart, k, w, i, n);
-    }
-}
-INLINE void tile_f16(const job *w, const int n) { tile_floats(w, true, n); }
-INLINE void tile_f32(const job *w, const int n) { tile_floats(w, false, n); }
-
-// ---- which, and in what order ----
-
-// One compiled tile for every width.
-#define WIDTHS(TILE) \
-    static void all_##TILE(const job *w, int n) { \
-        switch (n) { \
-        case 1: TILE(w, 1); break; \
-        case 2: TILE(w, 2); break; \
-        case 3: TILE(w, 3); break; \
-        case 4: TILE(w, 4); break; \
-        case 5: TILE(w, 5); break; \
-        case 6: TILE(w, 6); break; \
-        case 7: TILE(w, 7); break; \
-        default: TILE(w, 8); \
-        } \
-    }
-#define FLOAT_WIDTHS(TILE) \
-    static void all_##TILE(const job *w, int n) { \
-        switch (n) { \
-        case 1: TILE(w, 1); break; \
-        case 2: TILE(w, 2); break; \
-        case 3: TILE(w, 3); break; \
-        case 4: TILE(w, FLOAT_TILE < 4 ? FLOAT_TILE : 4); break; \
-        case 5: TILE(w, FLOAT_TILE < 5 ? FLOAT_TILE : 5); break; \
-        default: TILE(w, FLOAT_TILE); \
-        } \
-    }
-WIDTHS(tile_q8_0)
-WIDTHS(tile_q5_0)
-WIDTHS(tile_q4_0)
-WIDTHS(tile_q5_1)
-WIDTHS(tile_q4_1)
-WIDTHS(tile_q4_K)
-WIDTHS(tile_q5_K)
-WIDTHS(tile_q6_K)
-FLOAT_WIDTHS(tile_f16)
-FLOAT_WIDTHS(tile_f32)
 
 typedef struct {
     int type, column_type;
@@ -453,16 +57,19 @@ typedef struct {
     int64_t block;            // weights of a block
     size_t halves_at;         // where a block of weights has its scales, and how many: for `agrees`
     int halves;
-    int tile;                 // columns at once
-    int64_t columns;          // at most; 0 = any number
-    int64_t step;             // blocks that a row must be a multiple of
-    int64_t floats;           // of scratch a block and tile
+    int tile;         // columns at once
+    int64_t columns;  // at most; 0 = any number
+    int64_t step;     // blocks that a row must be a multiple of
+    int64_t floats;   // of scratch a block and tile
     void (*prepare)(const job *, int n, float *to);
     void (*compute)(const job *, int n);
 } kernel;
 
+// clang-format off
 #define QUANTIZED(TYPE, NAME, COLUMN, COLUMN_NAME, SIZE, AT, HALVES, FLOATS) \
-    {TYPE, COLUMN, sizeof(block_##NAME), sizeof(block_##COLUMN_NAME), SIZE, AT, HALVES, COLUMNS, 0, 1, FLOATS, prepare_##COLUMN_NAME, all_tile_##NAME}
+    {TYPE, COLUMN, sizeof(block_##NAME), sizeof(block_##COLUMN_NAME), SIZE, AT, HALVES, COLUMNS, 0, 1, FLOATS, \
+     prepare_##COLUMN_NAME, all_tile_##NAME}
+// clang-format on
 static const kernel kernels[] = {
     QUANTIZED(Q8_0, q8_0, Q8_0, q8_0, BLOCK, 0, 1, COLUMNS),
     QUANTIZED(Q5_0, q5_0, Q8_0, q8_0, BLOCK, 0, 1, COLUMNS),
@@ -477,9 +84,10 @@ static const kernel kernels[] = {
 };
 enum { KERNELS = sizeof kernels / sizeof kernels[0] };
 
-// The rows of one thread. Columns in groups whose scratch is at hand, rows in blocks that stay at hand while a group passes.
-static void compute(const kernel *use, int64_t lo, int64_t hi, int64_t n, int64_t k, const char *a, size_t a_bytes, const char *b,
-                    size_t b_bytes, float *c, int64_t ldc) {
+// The rows of one thread. Columns in groups whose scratch is at hand, rows in blocks that stay at hand while a group
+// passes.
+static void compute(const kernel *use, int64_t lo, int64_t hi, int64_t n, int64_t k, const char *a, size_t a_bytes,
+                    const char *b, size_t b_bytes, float *c, int64_t ldc) {
     const int64_t floats = use->floats * k, group = floats ? SCRATCH / floats * use->tile : n;
     for (int64_t first = 0; first < n; first += group) {
         const int64_t end = n < first + group ? n : first + group;
@@ -490,8 +98,16 @@ static void compute(const kernel *use, int64_t lo, int64_t hi, int64_t n, int64_
             // Tiles of about one width: three columns beside five cost less than one beside seven.
             for (int64_t t = 0; t < tiles; t++) {
                 const int64_t from = first + (end - first) * t / tiles, to = first + (end - first) * (t + 1) / tiles;
-                job w = {row, row + rows < hi ? row + rows : hi, k, a, b + from * b_bytes, a_bytes, b_bytes, scratch + t * floats,
-                         c + from * ldc, ldc};
+                const job w = {.lo = row,
+                               .hi = row + rows < hi ? row + rows : hi,
+                               .k = k,
+                               .a = a,
+                               .b = b + from * b_bytes,
+                               .a_bytes = a_bytes,
+                               .b_bytes = b_bytes,
+                               .prepared = scratch + t * floats,
+                               .c = c + from * ldc,
+                               .ldc = ldc};
                 if (use->prepare && row == lo) use->prepare(&w, (int)(to - from), scratch + t * floats);
                 use->compute(&w, (int)(to - from));
             }
@@ -510,19 +126,20 @@ static const kernel *kernel_for(int64_t n, int64_t k, int a_type, int b_type, in
     return fits && (!use->columns || n <= use->columns) ? use : NULL;
 }
 
-// ggml asks this of every thread, twice where columns have to be quantized first: false leaves the product to it. Everything
-// that decides is the same for all threads.
-bool llamafile_sgemm(const compute_params *params, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b,
-                     int64_t ldb, void *c, int64_t ldc, int a_type, int b_type, int c_type) {
+// ggml asks this of every thread, twice where columns have to be quantized first: false leaves the product to it.
+// Everything that decides is the same for all threads.
+bool llamafile_sgemm(const compute_params *params, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
+                     const void *b, int64_t ldb, void *c, int64_t ldc, int a_type, int b_type, int c_type) {
     const kernel *use = kernel_for(n, k, a_type, b_type, c_type);
     if (!use) return handed_on && handed_on(params, m, n, k, a, lda, b, ldb, c, ldc, a_type, b_type, c_type);
     if (params->thread == 0) atomic_fetch_add_explicit(&products, 1, memory_order_relaxed);
-    compute(use, m * params->thread / params->threads, m * (params->thread + 1) / params->threads, n, k, a, lda * use->a_bytes, b,
-            ldb * use->b_bytes, c, ldc);
+    compute(use, m * params->thread / params->threads, m * (params->thread + 1) / params->threads, n, k, a,
+            lda * use->a_bytes, b, ldb * use->b_bytes, c, ldc);
     return true;
 }
 
-// ggml computes eight columns and more of K types in tiles, which round otherwise: passes that verify are left to the above.
+// ggml computes eight columns and more of K types in tiles, which round otherwise: passes that verify are left to the
+// above.
 bool ggml_compute_forward_mul_mat_tiled(const compute_params *params, tensor *product) {
     const int type = product->src[0]->type;
     const bool ours = type >= 0 && type < TYPES && own[type] && product->src[1]->ne[1] <= VERIFIED;
@@ -571,10 +188,16 @@ static bool agrees(const kernel *use, dot_fn dot) {
         const size_t a_bytes = k * use->a_bytes, b_bytes = k * use->b_bytes;
         fill(a, ROWS * k, use->a_bytes);
         fill(b, MOST * k, use->b_bytes);
-        if (use->type == F32) fill_floats(a, ROWS * k, use->a_bytes);
-        else fill_halves(a, ROWS * k, use->a_bytes, use->halves_at, use->halves);
-        if (use->column_type == F32 || use->column_type == Q8_K) fill_floats(b, MOST * k, use->b_bytes);
-        else fill_halves(b, MOST * k, use->b_bytes, 0, use->column_type == Q8_1 ? 2 : 1);
+        if (use->type == F32) {
+            fill_floats(a, ROWS * k, use->a_bytes);
+        } else {
+            fill_halves(a, ROWS * k, use->a_bytes, use->halves_at, use->halves);
+        }
+        if (use->column_type == F32 || use->column_type == Q8_K) {
+            fill_floats(b, MOST * k, use->b_bytes);
+        } else {
+            fill_halves(b, MOST * k, use->b_bytes, 0, use->column_type == Q8_1 ? 2 : 1);
+        }
         for (int64_t n = 1; n <= MOST; n++) {
             compute(use, 0, ROWS, n, k, a, a_bytes, b, b_bytes, c, ROWS);
             for (int64_t j = 0; j < n; j++)
@@ -595,7 +218,8 @@ uint64_t dspark_matmul_start(product_fn next, tiled_fn next_tiled, const type_tr
     tiled = next_tiled;
     for (int i = 0; i < KERNELS; i++) {
         const type_traits *known = traits(kernels[i].type);
-        const bool same = known && known->dot && known->column_type == kernels[i].column_type && agrees(&kernels[i], known->dot);
+        const bool same =
+            known && known->dot && known->column_type == kernels[i].column_type && agrees(&kernels[i], known->dot);
         own[kernels[i].type] = same ? &kernels[i] : NULL;
         types |= same ? 1ull << kernels[i].type : 0;
     }

@@ -1,4 +1,4 @@
-"""Builds `cpu_matmul.c` with this machine's compiler and puts it in front of ggml's own matrix products, on x86-64 Linux.
+"""Builds `cpu_matmul.c` with this machine's compiler and puts it in front of ggml's matrix products, on x86-64 Linux.
 
 `preload` comes before libllama is loaded, `start` after. Either gives up quietly where something is missing: ggml computes
 everything then, slower and with other last bits in a pass of several tokens. `state` says which it is, and why.
@@ -23,6 +23,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 SOURCE = Path(__file__).with_name("cpu_matmul.c")
+TILES = Path(__file__).with_name("cpu_tiles.h")
 #: "off": not used, to compare with ggml's own products
 SWITCH = "DSPARK_CPU_KERNELS"
 #: where the built library is kept instead of the user's cache folder
@@ -72,8 +73,8 @@ def usable() -> bool:
 
 @cache
 def identity() -> str:
-    """Which products these are: the source and the switch. Costs measured with others do not count."""
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    """Which products these are. Costs measured with others do not count."""
+    return hashlib.sha256(SOURCE.read_bytes() + TILES.read_bytes()).hexdigest()[:12]
 
 
 def unfit() -> str | None:
@@ -174,7 +175,7 @@ def library() -> Path | None:
 
 
 def start() -> None:
-    """Compare with ggml's own dot products, bit by bit, and compute the formats that agree from now on. After libllama loads."""
+    """Compare with ggml's own dot products, bit by bit; compute the formats that agree from now on. After libllama loads."""
     global _state
     if _loaded is None:
         return

@@ -50,7 +50,7 @@ def test_question_answer_acceptance_race_resize_paste_and_quit(opened: list[Term
     terminal.wait(ready)
     terminal.send(LIST + "\r")
     screen = terminal.wait(lambda s: "Ask something" in s and "answering" not in s and "tok/s now" in s)
-    assert screen.count("Apple") > 3, "the answer is on the screen"
+    assert screen.count("Apple") + screen.count("Banana") > 2, "the answer is on the screen"
     accepted = re.search(r"acceptance +(\d+)%", screen)
     assert accepted
     assert int(accepted[1]) > 0
