@@ -47,7 +47,7 @@ TYPES = {
 }
 
 
-NOT_LOADED = "not loaded"
+NOT_LOADED, NO_COMPILER = "not loaded", "no C compiler (cc, gcc or clang)"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def unfit() -> str | None:
     if Path("/sys/devices/cpu_atom").exists():
         return "this processor has cores of two kinds"
     if not _cached().exists() and compiler() is None:
-        return "no C compiler (cc, gcc or clang)"
+        return NO_COMPILER
     return None
 
 
@@ -122,7 +122,7 @@ def build(to: Path) -> None:
     """Compile the source to `to`, whole or not at all. Raises OSError or subprocess.SubprocessError where that fails."""
     command = compiler()
     if command is None:
-        raise OSError("no C compiler (cc, gcc or clang)")
+        raise OSError(NO_COMPILER)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix="building-") as folder:
         made = Path(folder) / to.name

@@ -22,6 +22,7 @@ from dspark_cli.cli.options import PairOptions, cautions_about
 from dspark_cli.engine.rounds import Round
 from dspark_cli.engine.session import OpenOptions, Session
 from dspark_cli.engine.watch import FIRST_ROUNDS, Watch
+from dspark_cli.kernels import cpu_matmul
 from dspark_cli.registry import devices
 from dspark_cli.registry.choose import Machine
 from dspark_cli.registry.plan import GIB, Device
@@ -81,6 +82,14 @@ def test_a_half_installed_llama_cpp(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_without_a_c_compiler(tmp_path: Path) -> None:
+    found = facts(CC="no-such-compiler", DSPARK_CPU_KERNELS_DIR=str(tmp_path))
+    assert found["cpu_kernels"]["types"] == []
+    if found["cpu_kernels"]["problem"] != cpu_matmul.NO_COMPILER:
+        pytest.skip(f"not used here: {found['cpu_kernels']['problem']}")
+    assert any("passes of several tokens take up to half the time" in line for line in found["advice"])
+
+
 def here(*args: str) -> Result:
     """The command in this process, where nothing about the process itself is tested."""
     return CliRunner().invoke(app, list(args))
@@ -136,6 +145,7 @@ def test_a_gpu_that_llama_cpp_is_not_built_for(kind: str | None, flag: str | Non
         "hub": {"problem": None},
         "files": {"problem": None, "cache_writable": True},
         "embedded_model": True,
+        "cpu_kernels": {"types": [], "problem": "not loaded"},
     }
     said = advice(found)
     assert bool(said) == (flag is not None)

@@ -78,13 +78,16 @@ def machine() -> dict[str, Any]:
 
 
 def llamacpp() -> dict[str, Any]:
-    """Devices libllama sees, and exports it lacks."""
+    """Devices libllama sees, exports it lacks, and the formats whose products on the CPU are ours (docs/cpu.md)."""
+    from dspark_cli.kernels import cpu_matmul
+
     try:
         from dspark_cli.backends.llamacpp.native import check_exports, devices
 
-        return {"missing_exports": check_exports(), "devices": devices(), "llamacpp_error": None}
+        found = {"missing_exports": check_exports(), "devices": devices(), "llamacpp_error": None}
     except (ImportError, OSError, RuntimeError) as error:
-        return {"missing_exports": [], "devices": [], "llamacpp_error": str(error)}
+        found = {"missing_exports": [], "devices": [], "llamacpp_error": str(error)}
+    return found | {"cpu_kernels": asdict(cpu_matmul.state())}
 
 
 def torch() -> dict[str, Any]:
@@ -267,12 +270,19 @@ BUILD = {"cuda": "-DGGML_CUDA=on", "rocm": "-DGGML_HIP=on", "metal": "-DGGML_MET
 
 def advice(facts: dict[str, Any]) -> list[str]:
     """What to type for what does not work but is not asked for."""
+    from dspark_cli.kernels import cpu_matmul
+
     found = []
     kind = facts["driver"]
     if kind and not facts["llamacpp_error"] and all(device["name"] == "CPU" for device in facts["devices"]):
         found.append(
             f"this system has a {kind} driver, and llama.cpp is built without it: CMAKE_ARGS={BUILD[kind]} pip install "
             "--force-reinstall --no-cache-dir llama-cpp-python==0.3.36 puts GGUF models on the GPU"
+        )
+    if facts["cpu_kernels"]["problem"] == cpu_matmul.NO_COMPILER:
+        found.append(
+            f"{cpu_matmul.NO_COMPILER}: with one, passes of several tokens take up to half the time on this CPU and say the "
+            "same bits as single ones: sudo apt install gcc, or what your system calls it"
         )
     if facts["files"]["problem"]:
         found.append(f"{facts['files']['problem']}. Until that is mended names of models do not work, GGUF files do")
@@ -316,6 +326,9 @@ def _print(facts: dict[str, Any]) -> None:
     if not facts["llamacpp_error"]:
         missing = facts["missing_exports"]
         echo(f"exports    {'all there' if not missing else 'missing: ' + ', '.join(missing)}")
+        kernels = facts["cpu_kernels"]
+        ours = f"dspark's own on the CPU for {' '.join(kernels['types'])}"
+        echo(f"kernels    {ours if kernels['types'] else 'of ggml on the CPU: ' + kernels['problem']}")
     state = facts["hub"]
     words = "switched off" if state["offline"] else "reachable" if state["reachable"] else "not reachable"
     echo(f"hub        {state['endpoint']}: {words}")
