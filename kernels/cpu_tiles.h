@@ -1,6 +1,6 @@
 // Tiles of a matrix product: rows of weights, one after the other, times up to eight columns of activations at once,
 // for the formats of ggml. Every sum is taken in the order of ggml's own dot product (arch/x86/quants.c and vec.cpp of
-// ggml, MIT, whose ways of unpacking bits these are), with the same lanes, so that the bits are the same; cpu_matmul.c
+// ggml, MIT, whose ways of unpacking bits these are), with the same lanes, so that the bits are the same; cpu_kernels.c
 // compares them.
 
 #pragma once

@@ -22,7 +22,7 @@ from dspark_cli.cli.options import PairOptions, cautions_about
 from dspark_cli.engine.rounds import Round
 from dspark_cli.engine.session import OpenOptions, Session
 from dspark_cli.engine.watch import FIRST_ROUNDS, Watch
-from dspark_cli.kernels import cpu_matmul
+from dspark_cli.kernels import cpu_kernels
 from dspark_cli.registry import devices
 from dspark_cli.registry.choose import Machine
 from dspark_cli.registry.plan import GIB, Device
@@ -85,7 +85,7 @@ def test_a_half_installed_llama_cpp(tmp_path: Path) -> None:
 def test_without_a_c_compiler(tmp_path: Path) -> None:
     found = facts(CC="no-such-compiler", DSPARK_CPU_KERNELS_DIR=str(tmp_path))
     assert found["cpu_kernels"]["types"] == []
-    if found["cpu_kernels"]["problem"] != cpu_matmul.NO_COMPILER:
+    if found["cpu_kernels"]["problem"] != cpu_kernels.NO_COMPILER:
         pytest.skip(f"not used here: {found['cpu_kernels']['problem']}")
     assert any("passes of several tokens take up to half the time" in line for line in found["advice"])
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dspark_cli.kernels import cpu_matmul
+from dspark_cli.kernels import cpu_kernels
 
 #: words of float weights; passes of several tokens differ from passes of one in the last bits at most
 FLOAT_WEIGHTS = ("F32", "F16", "BF16")
-#: words of quantized weights whose products kernels/cpu_matmul.c computes with the same bits at any width
+#: words of quantized weights whose products kernels/cpu_kernels.c computes with the same bits at any width
 STEADY_WEIGHTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
 #: KV types that attention without flash can read (libllama refuses a quantized V there)
 FLOAT_KV = ("f32", "f16", "bf16")
@@ -19,7 +19,7 @@ UBATCH_SCORES = 256
 
 def steady(file_format: str) -> bool:
     """Whether a target of this format says (nearly) the same in passes of any width, as long as attention does."""
-    return file_format in FLOAT_WEIGHTS or (file_format in STEADY_WEIGHTS and cpu_matmul.usable())
+    return file_format in FLOAT_WEIGHTS or (file_format in STEADY_WEIGHTS and cpu_kernels.usable())
 
 
 def flash_word(word: str, kv_type: str, on_cpu: bool, n_seq: int, *, steady: bool) -> str:
@@ -27,7 +27,7 @@ def flash_word(word: str, kv_type: str, on_cpu: bool, n_seq: int, *, steady: boo
 
     On a CPU libllama's flash attention costs a token of a verify pass nearly as much as a pass of its own from a few
     hundred tokens of context on, and from 256 tokens on other bits than in a pass of one. Without flash attention is two
-    matrix products, and kernels/cpu_matmul.c computes those, like the weights', with the same bits at any width: a target
+    matrix products, and kernels/cpu_kernels.c computes those, like the weights', with the same bits at any width: a target
     says exactly what it says when it decodes alone. Where that cannot be used, quantizing activations makes 0.2 logits of
     last bits that differ, 3 % of the tokens are near-ties, and flash keeps at least short contexts free of that.
 

@@ -16,7 +16,7 @@ from dspark_cli.backends.gguf_file import check_file
 from dspark_cli.backends.llamacpp import native
 from dspark_cli.backends.llamacpp.header import read_header
 from dspark_cli.backends.llamacpp.native import lib
-from dspark_cli.kernels import cpu_matmul
+from dspark_cli.kernels import cpu_kernels
 
 #: architecture of a DSpark or DFlash drafter's GGUF
 DRAFTER_ARCHITECTURE = "dflash"
@@ -106,9 +106,9 @@ class Model:
 
 def _laid_out_badly(path: Path) -> bool:
     """Whether ggml's own layout of these weights on a CPU would cost exactness: Q4_K interleaved, where passes of four tokens
-    and more round otherwise than passes of one. As they lie, kernels/cpu_matmul.c computes both alike, and as quickly.
+    and more round otherwise than passes of one. As they lie, kernels/cpu_kernels.c computes both alike, and as quickly.
     """
-    if "Q4_K" not in cpu_matmul.state().types or native.has_amx():
+    if "Q4_K" not in cpu_kernels.state().types or native.has_amx():
         return False
     return any(tensor.kind == GGML_Q4_K for tensor in read_header(path).tensors.values())
 

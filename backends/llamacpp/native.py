@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dspark_cli.backends.base import DsparkError, FloatArray, IntArray
-from dspark_cli.kernels import cpu_matmul
+from dspark_cli.kernels import cpu_kernels
 
 # Before libgomp loads. By default it spins for milliseconds at each of ggml's several hundred barriers a token, and beside
 # another multi-threaded program the waiting threads take turns at it. `python -m dspark_cli.bench.neighbour` measures it:
@@ -28,12 +28,12 @@ from dspark_cli.kernels import cpu_matmul
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Before libllama loads: its CPU backend binds the products that are there.
-cpu_matmul.preload()
+cpu_kernels.preload()
 
 import llama_cpp  # noqa: E402
 from llama_cpp import llama_cpp as lib  # noqa: E402
 
-cpu_matmul.start()
+cpu_kernels.start()
 
 SUPPORTED_VERSION = "0.3.36"
 

@@ -12,7 +12,7 @@ from dspark_cli.backends.llamacpp import native
 from dspark_cli.backends.llamacpp.context import DEFAULT_CTX, Context, ContextOptions
 from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE, ChatTemplate, GgufTokenizer, Model
 from dspark_cli.backends.llamacpp.native import lib
-from dspark_cli.kernels import cpu_matmul
+from dspark_cli.kernels import cpu_kernels
 
 
 class LlamaCppTarget(Target):
@@ -64,7 +64,7 @@ class LlamaCppTarget(Target):
                 "kv_type": options.kv_type,
                 "flash_attn": self.context.flash,
                 "gpu_layers": options.gpu_layers,
-                "kernels": cpu_matmul.identity() if options.on_cpu and cpu_matmul.usable() else "ggml",
+                "kernels": cpu_kernels.identity() if options.on_cpu and cpu_kernels.usable() else "ggml",
             },
             # One cache for all: flash attention on a CPU skips what is masked, everything else computes it.
             crowded=self.context.flash == "off" or not options.on_cpu,

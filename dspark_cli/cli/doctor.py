@@ -79,7 +79,7 @@ def machine() -> dict[str, Any]:
 
 def llamacpp() -> dict[str, Any]:
     """Devices libllama sees, exports it lacks, and the formats whose products on the CPU are ours (docs/cpu.md)."""
-    from dspark_cli.kernels import cpu_matmul
+    from dspark_cli.kernels import cpu_kernels
 
     try:
         from dspark_cli.backends.llamacpp.native import check_exports, devices
@@ -87,7 +87,7 @@ def llamacpp() -> dict[str, Any]:
         found = {"missing_exports": check_exports(), "devices": devices(), "llamacpp_error": None}
     except (ImportError, OSError, RuntimeError) as error:
         found = {"missing_exports": [], "devices": [], "llamacpp_error": str(error)}
-    return found | {"cpu_kernels": asdict(cpu_matmul.state())}
+    return found | {"cpu_kernels": asdict(cpu_kernels.state())}
 
 
 def torch() -> dict[str, Any]:
@@ -270,7 +270,7 @@ BUILD = {"cuda": "-DGGML_CUDA=on", "rocm": "-DGGML_HIP=on", "metal": "-DGGML_MET
 
 def advice(facts: dict[str, Any]) -> list[str]:
     """What to type for what does not work but is not asked for."""
-    from dspark_cli.kernels import cpu_matmul
+    from dspark_cli.kernels import cpu_kernels
 
     found = []
     kind = facts["driver"]
@@ -279,9 +279,9 @@ def advice(facts: dict[str, Any]) -> list[str]:
             f"this system has a {kind} driver, and llama.cpp is built without it: CMAKE_ARGS={BUILD[kind]} pip install "
             "--force-reinstall --no-cache-dir llama-cpp-python==0.3.36 puts GGUF models on the GPU"
         )
-    if facts["cpu_kernels"]["problem"] == cpu_matmul.NO_COMPILER:
+    if facts["cpu_kernels"]["problem"] == cpu_kernels.NO_COMPILER:
         found.append(
-            f"{cpu_matmul.NO_COMPILER}: with one, passes of several tokens take up to half the time on this CPU and say the "
+            f"{cpu_kernels.NO_COMPILER}: with one, passes of several tokens take up to half the time on this CPU and say the "
             "same bits as single ones: sudo apt install gcc, or what your system calls it"
         )
     if facts["files"]["problem"]:

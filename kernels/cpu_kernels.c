@@ -1,16 +1,21 @@
-// Matrix products of ggml's CPU backend for passes of a few tokens, to the bit what ggml computes for one token.
+// Operations of ggml's CPU backend that a verify pass or a draft spends its time in, computed here in its place.
 //
-// ggml computes a pass of one token by a dot product a weight row, and a pass of several by other kernels, which cut
-// the rows among threads in pieces of 16, so that a verify pass of two tokens costs two plain ones on a CPU that waits
-// for memory, and round otherwise. Here every thread streams one contiguous range of rows, each row once for all
-// tokens, and sums in the order of ggml's own dot product. `start` compares the two bit by bit, and types that differ
-// are left to ggml.
+// Matrix products. ggml computes a pass of one token by a dot product a weight row, and a pass of several by other
+// kernels, which cut the rows among threads in pieces of 16, so that a verify pass of two tokens costs two plain ones
+// on a CPU that waits for memory, and round otherwise. Here every thread streams one contiguous range of rows, each row
+// once for all tokens, and sums in the order of ggml's own dot product. `start` compares the two bit by bit, and types
+// that differ are left to ggml.
 //
-// It takes the place of `llamafile_sgemm`, which ggml asks for every product, and of
-// `ggml_compute_forward_mul_mat_tiled`, which it asks before (ggml-cpu.c, llama.cpp as in llama-cpp-python 0.3.36):
-// this library is loaded before ggml, by cpu_matmul.py, and hands on what it does not compute.
+// Fills and concatenations, which ggml does number by number, of the draft logits of a reduced vocabulary: a quarter of
+// the drafter's pass.
+//
+// This library is loaded before ggml, by cpu_kernels.py, so that ggml's calls between its own files arrive here first
+// (ggml-cpu.c, llama.cpp as in llama-cpp-python 0.3.36). What is not computed here goes on to the function that called.
 
+#define _GNU_SOURCE
+#include <dlfcn.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 
 #include "cpu_tiles.h"
 
@@ -27,17 +32,20 @@ typedef struct {
     int64_t rows;
 } type_traits;
 
-// ggml.h: as far as the operands
+// ggml.h: as far as the data
 typedef struct tensor {
     int type;
     void *buffer;
     int64_t ne[4];
     size_t nb[4];
     int op, op_params[16], flags;
-    struct tensor *src[10];
+    struct tensor *src[10], *view_of;
+    size_t view_at;
+    void *data;
 } tensor;
 
 typedef bool (*tiled_fn)(const compute_params *, tensor *product);
+typedef void (*forward_fn)(const compute_params *, tensor *result);
 typedef bool (*product_fn)(const compute_params *, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
                            const void *b, int64_t ldb, void *c, int64_t ldc, int a_type, int b_type, int c_type);
 
@@ -114,8 +122,22 @@ static void compute(const kernel *use, int64_t lo, int64_t hi, int64_t n, int64_
     }
 }
 
-static product_fn handed_on;
-static tiled_fn tiled;
+// ggml's own function of that name, found in the library that called us; NULL where it has none.
+static void *theirs(const char *name, const void *caller) {
+    Dl_info info;
+    if (!dladdr(caller, &info)) return NULL;
+    void *library = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+    return library ? dlsym(library, name) : NULL;
+}
+// Kept: threads that look at once find the same.
+#define HAND_ON(TYPE, NAME)                                          \
+    static _Atomic(TYPE) next;                                       \
+    TYPE handed_on = atomic_load(&next);                             \
+    if (!handed_on) {                                                \
+        handed_on = (TYPE)theirs(NAME, __builtin_return_address(0)); \
+        atomic_store(&next, handed_on);                              \
+    }
+
 static const kernel *own[TYPES];
 static atomic_long products;
 
@@ -131,7 +153,10 @@ static const kernel *kernel_for(int64_t n, int64_t k, int a_type, int b_type, in
 bool llamafile_sgemm(const compute_params *params, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
                      const void *b, int64_t ldb, void *c, int64_t ldc, int a_type, int b_type, int c_type) {
     const kernel *use = kernel_for(n, k, a_type, b_type, c_type);
-    if (!use) return handed_on && handed_on(params, m, n, k, a, lda, b, ldb, c, ldc, a_type, b_type, c_type);
+    if (!use) {
+        HAND_ON(product_fn, "llamafile_sgemm")
+        return handed_on && handed_on(params, m, n, k, a, lda, b, ldb, c, ldc, a_type, b_type, c_type);
+    }
     if (params->thread == 0) atomic_fetch_add_explicit(&products, 1, memory_order_relaxed);
     compute(use, m * params->thread / params->threads, m * (params->thread + 1) / params->threads, n, k, a,
             lda * use->a_bytes, b, ldb * use->b_bytes, c, ldc);
@@ -143,7 +168,52 @@ bool llamafile_sgemm(const compute_params *params, int64_t m, int64_t n, int64_t
 bool ggml_compute_forward_mul_mat_tiled(const compute_params *params, tensor *product) {
     const int type = product->src[0]->type;
     const bool ours = type >= 0 && type < TYPES && own[type] && product->src[1]->ne[1] <= VERIFIED;
-    return !ours && tiled && tiled(params, product);
+    if (ours) return false;
+    HAND_ON(tiled_fn, "ggml_compute_forward_mul_mat_tiled")
+    return handed_on && handed_on(params, product);
+}
+
+static bool contiguous(const tensor *t) {
+    size_t bytes = sizeof(float);
+    for (int i = 0; i < 4; bytes *= t->ne[i++])
+        if (t->ne[i] != 1 && t->nb[i] != bytes) return false;
+    return true;
+}
+
+static int64_t size(const tensor *t) { return t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]; }
+
+// One number everywhere. ggml goes row by row, and libllama makes rows of one number of a vocabulary.
+void ggml_compute_forward_fill(const compute_params *params, tensor *result) {
+    if (result->type != F32 || !contiguous(result)) {
+        HAND_ON(forward_fn, "ggml_compute_forward_fill")
+        if (!handed_on) abort();
+        handed_on(params, result);
+        return;
+    }
+    float number, *to = result->data;
+    memcpy(&number, result->op_params, sizeof number);
+    const int64_t n = size(result), end = n * (params->thread + 1) / params->threads;
+    for (int64_t i = n * params->thread / params->threads; i < end; i++) to[i] = number;
+}
+
+// Two tensors one after the other. ggml goes number by number.
+void ggml_compute_forward_concat(const compute_params *params, tensor *result) {
+    const tensor *first = result->src[0], *second = result->src[1];
+    bool outermost = true;
+    for (int i = result->op_params[0] + 1; i < 4; i++) outermost &= result->ne[i] == 1;
+    if (result->type != F32 || !outermost || !contiguous(result) || !contiguous(first) || !contiguous(second)) {
+        HAND_ON(forward_fn, "ggml_compute_forward_concat")
+        if (!handed_on) abort();
+        handed_on(params, result);
+        return;
+    }
+    const int64_t n = size(result), border = size(first);
+    const int64_t from = n * params->thread / params->threads, end = n * (params->thread + 1) / params->threads;
+    float *to = result->data;
+    if (from < border)
+        memcpy(to + from, (float *)first->data + from, sizeof(float) * ((end < border ? end : border) - from));
+    const int64_t start = from > border ? from : border;
+    if (start < end) memcpy(to + start, (float *)second->data + start - border, sizeof(float) * (end - start));
 }
 
 static uint64_t noise_state;
@@ -211,11 +281,9 @@ static bool agrees(const kernel *use, dot_fn dot) {
     return true;
 }
 
-// Hands on to ggml's own functions what is not computed here. Returns a bit a type that is: 1 << type.
-uint64_t dspark_matmul_start(product_fn next, tiled_fn next_tiled, const type_traits *(*traits)(int type)) {
+// From now on products of the types that agree with ggml's dot products are computed here: a bit each, 1 << type.
+uint64_t dspark_kernels_start(const type_traits *(*traits)(int type)) {
     uint64_t types = 0;
-    handed_on = next;
-    tiled = next_tiled;
     for (int i = 0; i < KERNELS; i++) {
         const type_traits *known = traits(kernels[i].type);
         const bool same =
@@ -227,9 +295,9 @@ uint64_t dspark_matmul_start(product_fn next, tiled_fn next_tiled, const type_tr
 }
 
 // Whether a product of n columns and k blocks a row is computed here.
-bool dspark_matmul_covers(int64_t n, int64_t k, int a_type, int b_type, int c_type) {
+bool dspark_kernels_covers(int64_t n, int64_t k, int a_type, int b_type, int c_type) {
     return kernel_for(n, k, a_type, b_type, c_type) != NULL;
 }
 
 // Products computed here since `start`.
-long dspark_matmul_products(void) { return atomic_load(&products); }
+long dspark_kernels_products(void) { return atomic_load(&products); }

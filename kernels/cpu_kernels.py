@@ -1,4 +1,4 @@
-"""Builds `cpu_matmul.c` with this machine's compiler and puts it in front of ggml's matrix products, on x86-64 Linux.
+"""Builds `cpu_kernels.c` with this machine's compiler and puts it in front of ggml's matrix products, on x86-64 Linux.
 
 `preload` comes before libllama is loaded, `start` after. Either gives up quietly where something is missing: ggml computes
 everything then, slower and with other last bits in a pass of several tokens. `state` says which it is, and why.
@@ -22,7 +22,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-SOURCE = Path(__file__).with_name("cpu_matmul.c")
+SOURCE = Path(__file__).with_name("cpu_kernels.c")
 TILES = Path(__file__).with_name("cpu_tiles.h")
 #: "off": not used, to compare with ggml's own products
 SWITCH = "DSPARK_CPU_KERNELS"
@@ -32,7 +32,7 @@ FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 BUILD_S = 60.0
 DIGEST_BYTES = 32
-#: ggml types it may compute -> the word for them (a bit each in what `dspark_matmul_start` returns)
+#: ggml types it may compute -> the word for them (a bit each in what `dspark_kernels_start` returns)
 TYPES = {
     0: "F32",
     1: "F16",
@@ -56,6 +56,10 @@ class State:
 
     types: tuple[str, ...] = ()
     problem: str | None = None
+
+
+class InitParams(ctypes.Structure):  # ggml.h
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
 _loaded: Any = None
@@ -115,7 +119,7 @@ def _cached() -> Path:
     """Where the built library is kept. Machines that share a home have one each: it is built for the processor."""
     built_for = hashlib.sha256(f"{identity()} {' '.join(FLAGS)} {_cpu_flags()}".encode()).hexdigest()[:16]
     folder = Path(os.environ[FOLDER]) if os.environ.get(FOLDER) else user_cache_path("dspark") / "kernels"
-    return folder / f"cpu_matmul-{built_for}.so"
+    return folder / f"cpu_kernels-{built_for}.so"
 
 
 def build(to: Path) -> None:
@@ -181,17 +185,13 @@ def start() -> None:
         return
     try:
         ggml = ctypes.CDLL(str(library()))
-        own, tiled, traits = (
-            ctypes.cast(getattr(ggml, name), ctypes.c_void_p)
-            for name in ("llamafile_sgemm", "ggml_compute_forward_mul_mat_tiled", "ggml_get_type_traits_cpu")
-        )
+        traits = ggml.ggml_get_type_traits_cpu
         ggml.ggml_cpu_init()  # tables that its dot products read
     except (OSError, AttributeError) as error:
-        # Nothing is handed on then: ggml falls back on its dot products, slower for prompts of float weights.
         _state = State(problem=f"this build of ggml has no place for them: {error}")
         return
-    _loaded.dspark_matmul_start.restype = ctypes.c_uint64
-    bits = int(_loaded.dspark_matmul_start(own, tiled, traits))
+    _loaded.dspark_kernels_start.restype = ctypes.c_uint64
+    bits = int(_loaded.dspark_kernels_start(traits))
     types = tuple(word for bit, word in TYPES.items() if bits >> bit & 1)
     if not types:
         _state = State(problem="ggml's dot products on this machine sum in another order")
@@ -205,15 +205,12 @@ def products() -> int:
     """Products computed here in this process so far."""
     if _loaded is None:
         return 0
-    _loaded.dspark_matmul_products.restype = ctypes.c_long
-    return int(_loaded.dspark_matmul_products())
+    _loaded.dspark_kernels_products.restype = ctypes.c_long
+    return int(_loaded.dspark_kernels_products())
 
 
 def _reached(ggml: Any) -> bool:
     """Whether a product that ggml is asked for is computed here: F32 [64, 2] by [64, 2], in a graph of its own."""
-
-    class InitParams(ctypes.Structure):  # ggml.h
-        _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
     def call(name: str, result: Any, *arguments: Any) -> Any:
         function = getattr(ggml, name)  # of libggml-base: ggml-cpu's handle finds what it is linked with

@@ -19,12 +19,12 @@ from dspark_cli.backends.llamacpp.attention import FEW_SEQUENCES, steady
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.bench.formats import requantize
-from dspark_cli.kernels import cpu_matmul
+from dspark_cli.kernels import cpu_kernels
 
-pytestmark = pytest.mark.skipif(cpu_matmul.unfit() is not None, reason=f"no kernels here: {cpu_matmul.unfit()}")
+pytestmark = pytest.mark.skipif(cpu_kernels.unfit() is not None, reason=f"no kernels here: {cpu_kernels.unfit()}")
 
 #: ggml's numbers of the types, and of the columns they are multiplied with
-TYPES = {word: number for number, word in cpu_matmul.TYPES.items()}
+TYPES = {word: number for number, word in cpu_kernels.TYPES.items()}
 F32, Q8_0, Q8_1, Q8_K = 0, 8, 9, 15
 COLUMNS = {
     "F32": F32,
@@ -63,7 +63,7 @@ TO_COLUMN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_in
 
 
 def ggml() -> Any:
-    library = ctypes.CDLL(str(cpu_matmul.library()))
+    library = ctypes.CDLL(str(cpu_kernels.library()))
     library.ggml_get_type_traits_cpu.restype = ctypes.POINTER(Traits)
     for name in ("ggml_type_size", "ggml_row_size", "ggml_quantize_chunk"):
         getattr(library, name).restype = ctypes.c_size_t
@@ -114,7 +114,7 @@ def product(word: str, a: np.ndarray, b: np.ndarray, k: int, *, threads: int, ap
     c = np.full((n, m + apart), 7.0, np.float32)
     long = ctypes.c_int64
     for thread in range(threads):
-        done = cpu_matmul._loaded.llamafile_sgemm(
+        done = cpu_kernels._loaded.llamafile_sgemm(
             ctypes.byref(Params(thread, threads)),
             *(long(m), long(n), long(blocks)),
             *(ctypes.c_void_p(a.ctypes.data), long(a.strides[0] // library.ggml_type_size(type_))),
@@ -129,15 +129,15 @@ def product(word: str, a: np.ndarray, b: np.ndarray, k: int, *, threads: int, ap
 
 
 def test_they_are_used_here() -> None:
-    assert cpu_matmul.state().problem is None
-    assert set(cpu_matmul.state().types) <= set(COLUMNS)
-    assert len(cpu_matmul.state().types) > 0
+    assert cpu_kernels.state().problem is None
+    assert set(cpu_kernels.state().types) <= set(COLUMNS)
+    assert len(cpu_kernels.state().types) > 0
 
 
 @pytest.mark.parametrize("word", list(COLUMNS))
 def test_the_bits_are_those_of_ggmls_dot_product(word: str) -> None:
     """Real weights and activations, any width, more threads than rows, rows and results further apart than they are long."""
-    if word not in cpu_matmul.state().types:
+    if word not in cpu_kernels.state().types:
         pytest.skip(f"ggml's dot product of {word} sums in another order on this machine")
     rng = np.random.default_rng(TYPES[word])
     k = 512
@@ -163,7 +163,7 @@ def test_what_is_left_to_ggml() -> None:
     """Wide products of floats, where ggml's own kernels are as quick, and rows longer than the scratch of a thread."""
 
     def covered(word: str, n: int, k: int) -> bool:
-        asked = cpu_matmul._loaded.dspark_matmul_covers
+        asked = cpu_kernels._loaded.dspark_kernels_covers
         asked.restype = ctypes.c_bool
         return bool(asked(ctypes.c_int64(n), ctypes.c_int64(k), TYPES[word], COLUMNS[word], F32))
 
@@ -175,9 +175,9 @@ def test_what_is_left_to_ggml() -> None:
 
 def test_a_dot_product_that_sums_otherwise_is_not_taken(tmp_path: Path) -> None:
     """The comparison at the start can fail: one bit is enough."""
-    copy = shutil.copy(cpu_matmul._cached(), tmp_path / "copy.so")  # with its own state
+    copy = shutil.copy(cpu_kernels._cached(), tmp_path / "copy.so")  # with its own state
     library, real = ctypes.CDLL(str(copy)), ggml()
-    library.dspark_matmul_start.restype = ctypes.c_uint64
+    library.dspark_kernels_start.restype = ctypes.c_uint64
     dot = DOT(real.ggml_get_type_traits_cpu(TYPES["Q8_0"]).contents.dot)
 
     @DOT
@@ -195,9 +195,63 @@ def test_a_dot_product_that_sums_otherwise_is_not_taken(tmp_path: Path) -> None:
     def traits(number: int) -> int:
         return ctypes.addressof(known[number])
 
-    bits = library.dspark_matmul_start(None, None, traits)
+    bits = library.dspark_kernels_start(traits)
     taken = {word for word, number in TYPES.items() if bits >> number & 1}
-    assert taken == set(cpu_matmul.state().types) - {"Q8_0", "Q4_1"}
+    assert taken == set(cpu_kernels.state().types) - {"Q8_0", "Q4_1"}
+
+
+class Graph:
+    """A ggml graph of float32 tensors, computed by two threads. Shapes as ggml has them: the row first."""
+
+    def __init__(self) -> None:
+        self.ggml = ggml()
+        params = cpu_kernels.InitParams(1 << 24, None, False)
+        self.context = self.call("ggml_init", params)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        function = getattr(self.ggml, name)
+        function.restype = ctypes.c_void_p
+        return ctypes.c_void_p(function(*arguments))
+
+    def tensor(self, *shape: int) -> Any:
+        sizes = (ctypes.c_int64 * 4)(*shape, *[1] * (4 - len(shape)))
+        return self.call("ggml_new_tensor", self.context, F32, 4, sizes)
+
+    def floats(self, tensor: Any, size: int) -> np.ndarray:
+        data = self.call("ggml_get_data_f32", tensor)
+        return np.ctypeslib.as_array(ctypes.cast(data, ctypes.POINTER(ctypes.c_float)), shape=(size,))
+
+    def compute(self, result: Any) -> None:
+        graph = self.call("ggml_new_graph", self.context)
+        self.call("ggml_build_forward_expand", graph, result)
+        self.call("ggml_graph_compute_with_ctx", self.context, graph, 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 1001, 3), (7, 5), (1,), (2, 3, 5, 7)])
+def test_fills(shape: tuple[int, ...]) -> None:
+    """Rows of one number, as libllama fills the logits of a reduced vocabulary, and any others."""
+    graph = Graph()
+    for number in (0.0, -np.inf, 1.5):
+        filled = graph.call("ggml_fill", graph.context, graph.tensor(*shape), ctypes.c_float(number))
+        graph.compute(filled)
+        assert (graph.floats(filled, int(np.prod(shape))) == number).all()
+
+
+@pytest.mark.parametrize("shape", [(1001, 1, 1), (33, 3, 1), (5, 4, 3)])
+@pytest.mark.parametrize("along", [0, 1, 2])
+def test_concatenations(shape: tuple[int, int, int], along: int) -> None:
+    """One after the other where that is all there is to it, else by ggml."""
+    graph = Graph()
+    longer = tuple(size + 2 if axis == along else size for axis, size in enumerate(shape))
+    rng = np.random.default_rng(7)
+    arrays = [rng.normal(size=sizes[::-1]).astype(np.float32) for sizes in (shape, longer)]
+    tensors = [graph.tensor(*sizes) for sizes in (shape, longer)]
+    for tensor, array in zip(tensors, arrays, strict=True):
+        graph.floats(tensor, array.size)[:] = array.ravel()
+    both = graph.call("ggml_concat", graph.context, *tensors, along)
+    graph.compute(both)
+    wanted = np.concatenate(arrays, axis=2 - along)
+    assert np.array_equal(graph.floats(both, wanted.size), wanted.ravel())
 
 
 @pytest.mark.parametrize("form", ["F32", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0"])
@@ -246,7 +300,7 @@ def in_a_process(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-STATE = "from dspark_cli.backends.llamacpp import native; s = native.cpu_matmul.state(); print(s.problem or s.types)"
+STATE = "from dspark_cli.backends.llamacpp import native; s = native.cpu_kernels.state(); print(s.problem or s.types)"
 
 
 def test_switched_off() -> None:
@@ -266,8 +320,8 @@ def test_without_a_compiler_everything_works(tmp_path: Path) -> None:
 @pytest.mark.parametrize("left", [0, 1000, -1])
 def test_a_library_cut_short_is_built_again(left: int, tmp_path: Path) -> None:
     """Loading it would kill the process."""
-    name = cpu_matmul._cached().name
-    (tmp_path / name).write_bytes(cpu_matmul._cached().read_bytes()[:left])
+    name = cpu_kernels._cached().name
+    (tmp_path / name).write_bytes(cpu_kernels._cached().read_bytes()[:left])
     assert "Q8_0" in in_a_process(STATE, DSPARK_CPU_KERNELS_DIR=str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).stat().st_size > 1000
