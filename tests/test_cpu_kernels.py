@@ -134,6 +134,18 @@ def test_they_are_used_here() -> None:
     assert len(cpu_kernels.state().types) > 0
 
 
+def test_the_way_of_processors_without_avx_512(tmp_path: Path) -> None:
+    """Quantized formats sum alike with and without it; ggml's floats do not, where ggml was built with it."""
+    library = tmp_path / "narrow.so"
+    command = [*(cpu_kernels.compiler() or []), *cpu_kernels.FLAGS, "-mno-avx512f", "-mno-avxvnni"]
+    subprocess.run([*command, "-o", str(library), str(cpu_kernels.SOURCE)], check=True, capture_output=True, timeout=120)
+    narrow = ctypes.CDLL(str(library))
+    narrow.dspark_kernels_start.restype = ctypes.c_uint64
+    bits = narrow.dspark_kernels_start(ctypes.cast(ggml().ggml_get_type_traits_cpu, ctypes.c_void_p))
+    taken = {word for word, number in TYPES.items() if bits >> number & 1}
+    assert taken >= set(cpu_kernels.state().types) - {"F16", "F32"}
+
+
 @pytest.mark.parametrize("word", list(COLUMNS))
 def test_the_bits_are_those_of_ggmls_dot_product(word: str) -> None:
     """Real weights and activations, any width, more threads than rows, rows and results further apart than they are long."""
