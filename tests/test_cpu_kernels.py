@@ -138,7 +138,9 @@ def test_the_way_of_processors_without_avx_512(tmp_path: Path) -> None:
     """Quantized formats sum alike with and without it; ggml's floats do not, where ggml was built with it."""
     library = tmp_path / "narrow.so"
     command = [*(cpu_kernels.compiler() or []), *cpu_kernels.FLAGS, "-mno-avx512f", "-mno-avxvnni"]
-    subprocess.run([*command, "-o", str(library), str(cpu_kernels.SOURCE)], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [*command, "-o", str(library), str(cpu_kernels.SOURCE)], check=True, capture_output=True, timeout=120
+    )
     narrow = ctypes.CDLL(str(library))
     narrow.dspark_kernels_start.restype = ctypes.c_uint64
     bits = narrow.dspark_kernels_start(ctypes.cast(ggml().ggml_get_type_traits_cpu, ctypes.c_void_p))

@@ -145,7 +145,8 @@ def measure(
 ) -> Profile:
     """Profile a pair in about `seconds`. Uses, and leaves empty, the first `SEVERAL` sequences of both.
 
-    Interleaved: every repetition takes all widths in turn, forth and back, so that drift hits them alike.
+    Interleaved: every repetition takes all widths in turn, forth and back, so that drift hits them alike. As in a verify pass
+    libllama then builds a graph for another width than the last; plain passes follow one another, so a plain one is run before.
     """
     seconds = budget_s() if seconds is None else seconds
     profile = Profile(crowded=target.info.crowded)
@@ -295,7 +296,8 @@ class _Bench:
             for job in jobs if repeat % 2 == 0 else list(reversed(jobs)):
                 if self.clock() >= until:
                     return
-                for _ in range(self.settling):
+                plain = job.kind == "verify" and job.tokens == 1
+                for _ in range(max(self.settling, int(plain))):
                     self.run(job)
                 profile.add(job, self.run(job))
                 self.tell()
