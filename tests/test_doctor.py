@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -106,7 +107,8 @@ def test_what_would_be_chosen_without_the_files(monkeypatch: pytest.MonkeyPatch)
     done = here("doctor", "qwen2.5-14b", "--offline")
     assert done.exit_code == 3
     assert "choice     Q4_K_M by llamacpp on cpu, drafter Qwen/Qwen2.5-0.5B-Instruct-GGUF\n" in done.stdout
-    assert "plan       11.0 GB of 15.0 GB free on cpu: target 9.0 GB, drafter" in done.stdout
+    # More where attention writes its scores out (docs/cpu.md).
+    assert re.search(r"plan       11\.[02] GB of 15\.0 GB free on cpu: target 9\.0 GB, drafter", done.stdout)
     assert "no DSpark drafter is published for qwen2.5-14b" in done.stdout
     assert "no file of qwen2.5-14b is on this machine" in done.stderr
     assert "try: dspark pull qwen2.5-14b" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -70,13 +71,14 @@ def test_depth_is_measured() -> None:
 def test_a_neighbour_who_comes_and_goes_is_not_taken_for_the_cost_of_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the first three repetitions of some widths take twice as long: the curve is that of the quiet machine."""
     target, drafter, clock = pair(noise=0.02)
-    step, calls = target.step, [0]
+    step, calls = target.step, Counter[int]()
 
     def disturbed(rows: list[Row]) -> list[RowOutput]:
-        calls[0] += 1
+        width = len(rows[0].tokens)
+        calls[width] += 1
         before, native = clock(), target.native_ms
         outputs = step(rows)
-        if len(rows[0].tokens) in (1, 2) and calls[0] % 3:
+        if width in (1, 2) and calls[width] % 3:
             clock.spend(1e3 * (clock() - before))
             target.native_ms += target.native_ms - native
         return outputs

@@ -106,6 +106,11 @@ class AutoSchedule(Schedule):
             regime.quick_guard.renew()
             if regime.pass_guard.hopeful:
                 self._fade(NEW_TEXT)
+            if known := self._known:
+                # What many texts were like says more about this one than the last did (docs/bench.md).
+                self._recent.clear()
+                self._recent.extend(known)
+                regime.judged = False
 
     def limit(self, room: int, requests: int) -> int:
         self._room = room
@@ -178,8 +183,7 @@ class AutoSchedule(Schedule):
         now.judged = True
         if not self._asked_earlier:
             self._asked_earlier = True
-            known = next((b.survival for source, b in self.beliefs.items() if source != "lookup" and b.survival), ())
-            self._recent.extend([np.asarray(known)] * (ENOUGH if known else 0))
+            self._recent.extend(self._known)
         if len(self._recent) < ENOUGH:
             return
         survival = np.mean([_extended(a, block) for a in self._recent], axis=0)
@@ -190,6 +194,12 @@ class AutoSchedule(Schedule):
         if rate < HOPELESS:
             trial = self.costs.pass_ms(min(plan.shared, WATCHED), block, plan.depth)
             now.pass_guard.park(rate, "expected", trial=2 * trial / plan.plain)
+
+    @property
+    def _known(self) -> list[Array]:
+        """How drafts of earlier runs survived on average, as often as it takes to be believed; [] if that is unknown."""
+        known = next((b.survival for source, b in self.beliefs.items() if source != "lookup" and b.survival), ())
+        return [np.asarray(known)] * ENOUGH if known else []
 
     def _expected_rate(self, survival: Array) -> float:
         """Speed over plain decoding if drafts of every request survive as they did on average, at the best block."""
