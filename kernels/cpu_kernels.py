@@ -70,9 +70,11 @@ def state() -> State:
     return _state
 
 
-def usable() -> bool:
-    """Whether they are used; before libllama is loaded, whether they probably will be."""
-    return bool(_state.types) if _loaded is not None else _state.problem == NOT_LOADED and unfit() is None
+def complete() -> bool:
+    """Whether products of all `TYPES` are computed here; before libllama is loaded, whether they probably will be."""
+    if _loaded is None:
+        return _state.problem == NOT_LOADED and unfit() is None
+    return set(_state.types) == set(TYPES.values())
 
 
 @cache

@@ -46,7 +46,7 @@ def test_scores_are_planned_where_they_are_written(embedded_gguf: Path) -> None:
     def scores(device: Device = CPU, **options: object) -> int:
         return make_plan(device, "llamacpp", floats, None, PlanOptions(ctx=2048, **options)).target.scores  # type: ignore[arg-type]
 
-    assert target_size(embedded_gguf).steady == steady("Q4_1") == cpu_kernels.usable()
+    assert target_size(embedded_gguf).steady == steady("Q4_1") == cpu_kernels.complete()
     other = replace(floats, steady=False)
     assert make_plan(CPU, "llamacpp", other, None, PlanOptions(ctx=2048)).target.scores == 0
     assert scores() == score_bytes(9, 2048, UBATCH_SCORES)
@@ -57,14 +57,14 @@ def test_scores_are_planned_where_they_are_written(embedded_gguf: Path) -> None:
 
 @pytest.mark.parametrize("used", [False, True])
 def test_formats_whose_passes_agree(used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels, "usable", lambda: used)
+    monkeypatch.setattr(cpu_kernels, "complete", lambda: used)
     assert steady("F16")
     assert steady("Q4_K_M") == steady("Q8_0") == used
     assert not steady("IQ4_XS")
 
 
 def test_contexts_are_made_with_it(embedded_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels, "usable", lambda: False)
+    monkeypatch.setattr(cpu_kernels, "complete", lambda: False)
     floats = tiny_gguf.write_tiny_target(tmp_path / "tiny.F32.gguf")
     for path, options, flash, rows in (
         (embedded_gguf, OPTIONS, "on", UBATCH),
@@ -77,7 +77,7 @@ def test_contexts_are_made_with_it(embedded_gguf: Path, tmp_path: Path, monkeypa
             assert (target.info.details["flash_attn"], target.context.max_ubatch) == (flash, rows)
 
 
-@pytest.mark.skipif(not cpu_kernels.usable(), reason="with ggml's own products no attention does")
+@pytest.mark.skipif(not cpu_kernels.complete(), reason="with ggml's own products no attention does")
 def test_without_flash_a_quantized_target_does_not_depend_on_the_width_of_its_passes(embedded_gguf: Path) -> None:
     """Why `auto` does without flash attention there: with it last bits grow to some tenths of a logit beyond 256 tokens."""
     with LlamaCppTarget(embedded_gguf, OPTIONS) as target:

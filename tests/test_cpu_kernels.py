@@ -273,6 +273,10 @@ def test_a_target_says_the_same_bits_in_passes_of_any_width(form: str, embedded_
     """Why greedy output with drafts is that of plain decoding: logits of one token a pass and of up to 17 are equal, also
     beyond 256 tokens of context, where flash attention adds up in another order.
     """
+    if not cpu_kernels.complete():
+        pytest.skip(
+            f"ggml's dot products sum in another order on this machine; those of {cpu_kernels.state().types} do not"
+        )
     assert steady(form)
     tokens = [int(token) for token in np.random.default_rng(5).integers(1000, 40000, 320)]
     path = requantize(embedded_gguf, form, tmp_path)
@@ -288,6 +292,8 @@ def test_a_target_says_the_same_bits_in_passes_of_any_width(form: str, embedded_
 
 
 def test_several_sequences_in_a_pass_change_no_bit_of_each_other(embedded_gguf: Path) -> None:
+    if not cpu_kernels.complete():
+        pytest.skip("ggml's dot products sum in another order on this machine")
     rng = np.random.default_rng(6)
     with LlamaCppTarget(embedded_gguf, ContextOptions(ctx=256, n_seq=FEW_SEQUENCES)) as target:
         for seq in range(3):

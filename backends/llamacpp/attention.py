@@ -19,7 +19,7 @@ UBATCH_SCORES = 256
 
 def steady(file_format: str) -> bool:
     """Whether a target of this format says (nearly) the same in passes of any width, as long as attention does."""
-    return file_format in FLOAT_WEIGHTS or (file_format in STEADY_WEIGHTS and cpu_kernels.usable())
+    return file_format in FLOAT_WEIGHTS or (file_format in STEADY_WEIGHTS and cpu_kernels.complete())
 
 
 def flash_word(word: str, kv_type: str, on_cpu: bool, n_seq: int, *, steady: bool) -> str:

@@ -64,7 +64,7 @@ class LlamaCppTarget(Target):
                 "kv_type": options.kv_type,
                 "flash_attn": self.context.flash,
                 "gpu_layers": options.gpu_layers,
-                "kernels": cpu_kernels.identity() if options.on_cpu and cpu_kernels.usable() else "ggml",
+                "kernels": cpu_kernels.identity() if options.on_cpu and cpu_kernels.state().types else "ggml",
             },
             # One cache for all: flash attention on a CPU skips what is masked, everything else computes it.
             crowded=self.context.flash == "off" or not options.on_cpu,
