@@ -52,10 +52,14 @@ NOT_LOADED, NO_COMPILER = "not loaded", "no C compiler (cc, gcc or clang)"
 
 @dataclass(frozen=True)
 class State:
-    """types: formats of weights whose products are computed here; problem: why there are none, None if there are."""
+    """types: formats of weights whose products are computed here; problem: why there are none, None if there are.
+
+    amx: ggml was built for AMX and the processor has it: quantized weights are laid out for its own products then
+    """
 
     types: tuple[str, ...] = ()
     problem: str | None = None
+    amx: bool = False
 
 
 class InitParams(ctypes.Structure):  # ggml.h
@@ -74,7 +78,7 @@ def complete() -> bool:
     """Whether products of all `TYPES` are computed here; before libllama is loaded, whether they probably will be."""
     if _loaded is None:
         return _state.problem == NOT_LOADED and unfit() is None
-    return set(_state.types) == set(TYPES.values())
+    return set(_state.types) == set(TYPES.values()) and not _state.amx
 
 
 @cache
@@ -200,7 +204,7 @@ def start() -> None:
     elif not _reached(ggml):
         _state = State(problem="ggml does not ask for them: another part of this process loaded it first")
     else:
-        _state = State(types)
+        _state = State(types, amx=bool(ggml.ggml_cpu_has_amx_int8()))
 
 
 def products() -> int:

@@ -108,7 +108,7 @@ def _laid_out_badly(path: Path) -> bool:
     """Whether ggml's own layout of these weights on a CPU would cost exactness: Q4_K interleaved, where passes of four tokens
     and more round otherwise than passes of one. As they lie, kernels/cpu_kernels.c computes both alike, and as quickly.
     """
-    if "Q4_K" not in cpu_kernels.state().types or native.has_amx():
+    if not cpu_kernels.complete():
         return False
     return any(tensor.kind == GGML_Q4_K for tensor in read_header(path).tensors.values())
 

@@ -149,14 +149,6 @@ def start() -> NativeLog:
     return NativeLog()
 
 
-def has_amx() -> bool:
-    """Whether ggml was built for AMX and the processor has it: its weights are laid out for that then."""
-    from llama_cpp import _ggml
-
-    asked = getattr(_ggml.libggml, "ggml_cpu_has_amx_int8", None)
-    return bool(asked and asked())
-
-
 def devices() -> list[dict[str, Any]]:
     """What ggml can compute on: name, description, free and total bytes."""
     from llama_cpp import _ggml
