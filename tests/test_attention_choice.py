@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 import tiny_gguf
-from dspark_cli.backends.llamacpp.attention import FEW_SEQUENCES, UBATCH, UBATCH_SCORES, flash_word, score_bytes, steady
+from dspark_cli.backends.llamacpp.attention import (
+    FEW_SEQUENCES,
+    UBATCH,
+    UBATCH_SCORES,
+    few_sequences,
+    flash_word,
+    score_bytes,
+)
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.engine.widths import widths_apart
@@ -22,32 +29,31 @@ OPTIONS = ContextOptions(ctx=1024, gpu_layers=0)
 
 
 @pytest.mark.parametrize(
-    ("word", "kv_type", "on_cpu", "n_seq", "steady_weights", "expected"),
+    ("word", "kv_type", "on_cpu", "n_seq", "few", "expected"),
     [
-        ("auto", "f16", True, 1, True, "off"),
-        ("auto", "f32", True, FEW_SEQUENCES, True, "off"),
-        ("auto", "f16", True, FEW_SEQUENCES + 1, True, "on"),
-        ("auto", "q8_0", True, 1, True, "on"),  # libllama refuses a quantized V without flash
-        ("auto", "f16", True, 1, False, "on"),
-        ("auto", "f16", False, 1, True, "auto"),
-        ("on", "f16", True, 1, True, "on"),
-        ("off", "f16", False, 64, False, "off"),
+        ("auto", "f16", True, 1, 1, "off"),
+        ("auto", "f16", True, 2, 1, "on"),
+        ("auto", "f32", True, FEW_SEQUENCES, FEW_SEQUENCES, "off"),
+        ("auto", "f16", True, FEW_SEQUENCES + 1, FEW_SEQUENCES, "on"),
+        ("auto", "q8_0", True, 1, 1, "on"),  # libllama refuses a quantized V without flash
+        ("auto", "f16", True, 1, 0, "on"),
+        ("auto", "f16", False, 1, 1, "auto"),
+        ("on", "f16", True, 1, 1, "on"),
+        ("off", "f16", False, 64, 0, "off"),
     ],
 )
-def test_what_auto_means(
-    word: str, kv_type: str, on_cpu: bool, n_seq: int, steady_weights: bool, expected: str
-) -> None:
-    assert flash_word(word, kv_type, on_cpu, n_seq, steady=steady_weights) == expected
+def test_what_auto_means(word: str, kv_type: str, on_cpu: bool, n_seq: int, few: int, expected: str) -> None:
+    assert flash_word(word, kv_type, on_cpu, n_seq, few=few) == expected
 
 
 def test_scores_are_planned_where_they_are_written(embedded_gguf: Path) -> None:
-    floats = replace(target_size(embedded_gguf), steady=True)
+    floats = replace(target_size(embedded_gguf), few_sequences=FEW_SEQUENCES)
 
     def scores(device: Device = CPU, **options: object) -> int:
         return make_plan(device, "llamacpp", floats, None, PlanOptions(ctx=2048, **options)).target.scores  # type: ignore[arg-type]
 
-    assert target_size(embedded_gguf).steady == steady("Q4_1") == cpu_kernels.complete()
-    other = replace(floats, steady=False)
+    assert target_size(embedded_gguf).few_sequences == few_sequences("Q4_1") == int(cpu_kernels.complete())
+    other = replace(floats, few_sequences=0)
     assert make_plan(CPU, "llamacpp", other, None, PlanOptions(ctx=2048)).target.scores == 0
     assert scores() == score_bytes(9, 2048, UBATCH_SCORES)
     assert scores(n_seq=FEW_SEQUENCES) == FEW_SEQUENCES * scores()
@@ -58,9 +64,9 @@ def test_scores_are_planned_where_they_are_written(embedded_gguf: Path) -> None:
 @pytest.mark.parametrize("used", [False, True])
 def test_formats_whose_passes_agree(used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernels, "complete", lambda: used)
-    assert steady("F16")
-    assert steady("Q4_K_M") == steady("Q8_0") == used
-    assert not steady("IQ4_XS")
+    assert few_sequences("F16") == FEW_SEQUENCES
+    assert few_sequences("Q4_K_M") == few_sequences("Q8_0") == int(used)
+    assert few_sequences("IQ4_XS") == 0
 
 
 def test_contexts_are_made_with_it(embedded_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from dspark_cli.backends.base import Row
 from dspark_cli.backends.llamacpp import native  # noqa: F401  (loads libllama)
-from dspark_cli.backends.llamacpp.attention import FEW_SEQUENCES, steady
+from dspark_cli.backends.llamacpp.attention import few_sequences
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.bench.formats import requantize
@@ -277,7 +277,7 @@ def test_a_target_says_the_same_bits_in_passes_of_any_width(form: str, embedded_
         pytest.skip(
             f"ggml's dot products sum in another order on this machine; those of {cpu_kernels.state().types} do not"
         )
-    assert steady(form)
+    assert few_sequences(form) >= 1
     tokens = [int(token) for token in np.random.default_rng(5).integers(1000, 40000, 320)]
     path = requantize(embedded_gguf, form, tmp_path)
     with LlamaCppTarget(path, ContextOptions(ctx=512, threads=2)) as target:
@@ -295,7 +295,7 @@ def test_several_sequences_in_a_pass_change_no_bit_of_each_other(embedded_gguf: 
     if not cpu_kernels.complete():
         pytest.skip("ggml's dot products sum in another order on this machine")
     rng = np.random.default_rng(6)
-    with LlamaCppTarget(embedded_gguf, ContextOptions(ctx=256, n_seq=FEW_SEQUENCES)) as target:
+    with LlamaCppTarget(embedded_gguf, ContextOptions(ctx=256, n_seq=3, flash_attn="off")) as target:
         for seq in range(3):
             target.step([Row(seq, [int(token) for token in rng.integers(1000, 40000, 20 + seq)], 1)])
         rows = [Row(seq, [int(token) for token in rng.integers(1000, 40000, 1 + 2 * seq)]) for seq in range(3)]

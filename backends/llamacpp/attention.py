@@ -17,24 +17,27 @@ UBATCH = 512
 UBATCH_SCORES = 256
 
 
-def steady(file_format: str) -> bool:
-    """Whether a target of this format says (nearly) the same in passes of any width, as long as attention does."""
-    return file_format in FLOAT_WEIGHTS or (file_format in STEADY_WEIGHTS and cpu_kernels.complete())
+def few_sequences(file_format: str) -> int:
+    """Up to how many sequences of a target of this format attention on a CPU does without flash; `flash_word` says why."""
+    if file_format in FLOAT_WEIGHTS:
+        return FEW_SEQUENCES
+    return 1 if file_format in STEADY_WEIGHTS and cpu_kernels.complete() else 0
 
 
-def flash_word(word: str, kv_type: str, on_cpu: bool, n_seq: int, *, steady: bool) -> str:
+def flash_word(word: str, kv_type: str, on_cpu: bool, n_seq: int, *, few: int) -> str:
     """`auto` decided where it could be measured (docs/bench.md); a GPU's attention is left to libllama.
 
     On a CPU libllama's flash attention costs a token of a verify pass nearly as much as a pass of its own from a few
     hundred tokens of context on, and from 256 tokens on other bits than in a pass of one. Without flash attention is two
     matrix products, and kernels/cpu_kernels.c computes those, like the weights', with the same bits at any width: a target
-    says exactly what it says when it decodes alone. Where that cannot be used, quantizing activations makes 0.2 logits of
-    last bits that differ, 3 % of the tokens are near-ties, and flash keeps at least short contexts free of that.
+    says exactly what it says when it decodes alone. But those bits depend on where in the cache a token lies, so with
+    several sequences on the neighbours; quantizing activations makes some tenths of a logit of that, float weights do not
+    mind. Flash takes a sequence's tokens one after the other, wherever they lie.
 
-    steady: `steady` of a target's format; a drafter's answers may differ in passes of another width.
+    few: `few_sequences` of a target's format. A drafter's answers may differ: FEW_SEQUENCES.
     """
     if word == "auto" and on_cpu:
-        return "off" if steady and kv_type in FLOAT_KV and n_seq <= FEW_SEQUENCES else "on"
+        return "off" if n_seq <= few and kv_type in FLOAT_KV else "on"
     return word
 
 

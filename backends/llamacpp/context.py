@@ -12,7 +12,7 @@ import numpy as np
 
 from dspark_cli.backends.base import BadInput, ContextFull, DsparkError, FloatArray
 from dspark_cli.backends.llamacpp import native
-from dspark_cli.backends.llamacpp.attention import flash_word, steady, ubatch_rows
+from dspark_cli.backends.llamacpp.attention import FEW_SEQUENCES, few_sequences, flash_word, ubatch_rows
 from dspark_cli.backends.llamacpp.model import Model, out_of_memory
 from dspark_cli.backends.llamacpp.native import Batch, lib
 from dspark_cli.backends.machine import usable_cores
@@ -60,13 +60,13 @@ class ContextOptions:
     def on_cpu(self) -> bool:
         return self.gpu_layers == 0 or not lib.llama_supports_gpu_offload()
 
-    def flash(self, *, steady: bool) -> str:
+    def flash(self, *, few: int) -> str:
         """`flash_attn` as a context of such a model gets it."""
-        return flash_word(self.flash_attn, self.kv_type, self.on_cpu, self.n_seq, steady=steady)
+        return flash_word(self.flash_attn, self.kv_type, self.on_cpu, self.n_seq, few=few)
 
     def drafting(self) -> ContextOptions:
         """The same for a drafter beside such a target: the last bits of a draft do not matter."""
-        return replace(self, flash_attn=self.flash(steady=True))
+        return replace(self, flash_attn=self.flash(few=FEW_SEQUENCES))
 
 
 class Context:
@@ -85,7 +85,7 @@ class Context:
         # One cache for all sequences: forking a prefix is free, and a pass over several sequences is one ubatch.
         params.kv_unified = True
         params.n_ctx = n_ctx * options.n_seq
-        self.flash = options.flash(steady=steady(model.format))
+        self.flash = options.flash(few=few_sequences(model.format))
         ubatch = options.ubatch or ubatch_rows(self.flash)
         params.n_batch = max(ubatch, min(2048, params.n_ctx))
         params.n_ubatch = min(ubatch, params.n_batch)

@@ -110,7 +110,10 @@ def _laid_out_badly(path: Path) -> bool:
     """
     if not cpu_kernels.complete():
         return False
-    return any(tensor.kind == GGML_Q4_K for tensor in read_header(path).tensors.values())
+    try:
+        return any(tensor.kind == GGML_Q4_K for tensor in read_header(path).tensors.values())
+    except DsparkError:
+        return False  # libllama says what is wrong with it
 
 
 def _told(progress: Callable[[float], None], stopped: list[BaseException]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from dspark_cli.backends.llamacpp.attention import flash_word, score_bytes, ubatch_rows
+from dspark_cli.backends.llamacpp.attention import FEW_SEQUENCES, flash_word, score_bytes, ubatch_rows
 
 GIB = 1024**3
 MIB = 1024**2
@@ -63,7 +63,7 @@ class TargetSize:
     kv_values: cached values a token: sum over layers of key width + value width
     n_ff:      widest feed-forward layer (of one expert)
     n_head:    query heads of a layer (the most of any)
-    steady:    passes of any width say (nearly) the same (attention.steady)
+    few_sequences: up to which attention on a CPU does without flash (attention.few_sequences)
     """
 
     weights: int
@@ -74,7 +74,7 @@ class TargetSize:
     n_ff: int = 0
     n_ctx_train: int = DEFAULT_CTX
     n_head: int = 0
-    steady: bool = False
+    few_sequences: int = 0
 
 
 @dataclass(frozen=True)
@@ -239,11 +239,11 @@ class PlanOptions:
     gpu_layers: int | None = None
     flash_attn: str = "auto"
 
-    def flash(self, device: Device, backend: str, *, steady: bool) -> str:
+    def flash(self, device: Device, backend: str, *, few: int) -> str:
         """The attention that is computed: auto, on, or off, which writes scores out."""
         if backend != "llamacpp":
             return "on"
-        return flash_word(self.flash_attn, self.kv_type, device.kind == "cpu", self.n_seq, steady=steady)
+        return flash_word(self.flash_attn, self.kv_type, device.kind == "cpu", self.n_seq, few=few)
 
 
 def size(n_bytes: int) -> str:
@@ -274,7 +274,7 @@ def target_need(
     """What the target takes. features: values a token that a drafter reads (libllama keeps a batch, we one pass of them)."""
     # libllama computes in float32 whatever the weights are, torch in the dtype that it keeps keys and values in
     each = KV_BYTES[options.kv_type] if backend == "torch" else 4.0
-    flash = options.flash(device, backend, steady=target.steady)
+    flash = options.flash(device, backend, few=target.few_sequences)
     rows = min(ubatch_rows(flash), ctx)
     return Need(
         weights=target.weights,
@@ -292,7 +292,7 @@ def drafter_need(
     """What the drafter takes beside the target."""
     if not drafter.weights:
         return Need()
-    flash = options.flash(device, backend, steady=True)
+    flash = options.flash(device, backend, few=FEW_SEQUENCES)
     rows = min(ubatch_rows(flash), ctx)
     cached = ctx + drafter.width
     # the features as they are handed over, libllama's copy of them, and its "nextn" rows for a whole batch

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from dspark_cli.backends.llamacpp.attention import steady
+from dspark_cli.backends.llamacpp.attention import few_sequences
 from dspark_cli.registry.plan import DrafterSize, TargetSize
 from dspark_cli.registry.quants import BITS, FULL_PRECISION, REPOSITORY, weight_bytes
 
@@ -213,7 +213,7 @@ class Entry(_Table):
             n_ff=self.n_ff or 4 * n_embd,
             n_ctx_train=self.context or 32768,
             n_head=n_embd // (self.head_dim or 128),
-            steady=steady(quant),
+            few_sequences=few_sequences(quant),
         )
 
     @property

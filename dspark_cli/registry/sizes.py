@@ -9,7 +9,7 @@ from typing import Any
 
 from dspark_cli.backends.errors import DsparkError
 from dspark_cli.backends.gguf_file import check_file
-from dspark_cli.backends.llamacpp.attention import steady
+from dspark_cli.backends.llamacpp.attention import FEW_SEQUENCES, few_sequences
 from dspark_cli.backends.llamacpp.quants import FILE_TYPES
 from dspark_cli.backends.pairing import TargetFacts, gguf_target
 from dspark_cli.registry.plan import DrafterSize, TargetSize
@@ -123,7 +123,7 @@ def _gguf_size(path: Path) -> TargetSize:
         n_ff=max(_per_layer(header.of_model("feed_forward_length"), layers, 4 * n_embd)),
         n_ctx_train=int(header.of_model("context_length") or 4096),
         n_head=max(heads),
-        steady=steady(FILE_TYPES.get(header.metadata.get("general.file_type", -1), "")),
+        few_sequences=few_sequences(FILE_TYPES.get(header.metadata.get("general.file_type", -1), "")),
     )
 
 
@@ -165,7 +165,7 @@ def _checkpoint_size(folder: Path) -> TargetSize:
         n_ff=int(raw.get("intermediate_size") or 4 * n_embd),
         n_ctx_train=int(raw.get("max_position_embeddings") or 4096),
         n_head=heads,
-        steady=True,
+        few_sequences=FEW_SEQUENCES,
     )
 
 
