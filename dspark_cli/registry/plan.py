@@ -27,6 +27,8 @@ KV_BYTES = {
 DEFAULT_CTX = 4096
 #: what torch makes for itself at its first passes on a CPU (measured: 36 to 50 MB with models of 85 to 490 MB)
 TORCH_CPU = 42_000_000
+#: of a context beside its buffers
+PER_CONTEXT = 2_000_000
 #: contexts tried, longest first, when none was asked for and the default does not fit
 SHORTER_CTX = (2048, 1024)
 
@@ -327,8 +329,10 @@ def _batch(options: PlanOptions, ctx: int, rows: int) -> int:
 
 
 def _overhead(n_vocab: int) -> int:
-    """Token texts and their index as libllama keeps them (measured: 49152 tokens take 17 MB), and a little per context."""
-    return 350 * n_vocab
+    """Token texts and their index as libllama keeps them (measured: 49152 tokens take 17 MB), and a little per context: its
+    graphs, and the scratch of the threads that compute products (kernels/cpu_kernels.c: half a MiB each).
+    """
+    return 350 * n_vocab + PER_CONTEXT
 
 
 def make_plan(
