@@ -139,7 +139,7 @@ static void *theirs(const char *name, const void *caller) {
     }
 
 static const kernel *own[TYPES];
-static atomic_long products;
+static atomic_long asked;
 
 static const kernel *kernel_for(int64_t n, int64_t k, int a_type, int b_type, int c_type) {
     if (a_type < 0 || a_type >= TYPES || !own[a_type] || c_type != F32) return NULL;
@@ -153,11 +153,11 @@ static const kernel *kernel_for(int64_t n, int64_t k, int a_type, int b_type, in
 bool llamafile_sgemm(const compute_params *params, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
                      const void *b, int64_t ldb, void *c, int64_t ldc, int a_type, int b_type, int c_type) {
     const kernel *use = kernel_for(n, k, a_type, b_type, c_type);
+    if (params->thread == 0) atomic_fetch_add_explicit(&asked, 1, memory_order_relaxed);
     if (!use) {
         HAND_ON(product_fn, "llamafile_sgemm")
         return handed_on && handed_on(params, m, n, k, a, lda, b, ldb, c, ldc, a_type, b_type, c_type);
     }
-    if (params->thread == 0) atomic_fetch_add_explicit(&products, 1, memory_order_relaxed);
     compute(use, m * params->thread / params->threads, m * (params->thread + 1) / params->threads, n, k, a,
             lda * use->a_bytes, b, ldb * use->b_bytes, c, ldc);
     return true;
@@ -299,5 +299,5 @@ bool dspark_kernels_covers(int64_t n, int64_t k, int a_type, int b_type, int c_t
     return kernel_for(n, k, a_type, b_type, c_type) != NULL;
 }
 
-// Products computed here since `start`.
-long dspark_kernels_products(void) { return atomic_load(&products); }
+// Times that ggml has asked for a product.
+long dspark_kernels_asked(void) { return atomic_load(&asked); }

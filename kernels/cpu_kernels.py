@@ -142,6 +142,7 @@ def build(to: Path) -> None:
             capture_output=True,
             timeout=BUILD_S,
             text=True,
+            errors="replace",  # a compiler speaks the user's language
         )
         with made.open("r+b") as file:
             digest = hashlib.sha256(file.read()).digest()
@@ -207,23 +208,17 @@ def start() -> None:
         _state = State(types, amx=bool(ggml.ggml_cpu_has_amx_int8()))
 
 
-def products() -> int:
-    """Products computed here in this process so far."""
-    if _loaded is None:
-        return 0
-    _loaded.dspark_kernels_products.restype = ctypes.c_long
-    return int(_loaded.dspark_kernels_products())
-
-
 def _reached(ggml: Any) -> bool:
-    """Whether a product that ggml is asked for is computed here: F32 [64, 2] by [64, 2], in a graph of its own."""
+    """Whether a product that ggml is to compute is asked of us: F32 [64, 2] by [64, 2], in a graph of its own."""
+    asked = _loaded.dspark_kernels_asked
+    asked.restype = ctypes.c_long
 
     def call(name: str, result: Any, *arguments: Any) -> Any:
         function = getattr(ggml, name)  # of libggml-base: ggml-cpu's handle finds what it is linked with
         function.restype = result
         return function(*arguments)
 
-    pointer, before = ctypes.c_void_p, products()
+    pointer, before = ctypes.c_void_p, asked()
     context = pointer(call("ggml_init", pointer, InitParams(1 << 20, None, False)))
     try:
         a, b = (
@@ -236,4 +231,4 @@ def _reached(ggml: Any) -> bool:
         call("ggml_graph_compute_with_ctx", ctypes.c_int, context, graph, 1)
     finally:
         call("ggml_free", None, context)
-    return products() > before
+    return bool(asked() > before)

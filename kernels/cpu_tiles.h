@@ -401,38 +401,27 @@ INLINE void tile_f32(const job *w, const int n) { tile_floats(w, false, n); }
 
 // ---- by width ----
 
-// One compiled tile for every width.
-#define WIDTHS(TILE)                              \
-    static void all_##TILE(const job *w, int n) { \
-        switch (n) {                              \
-        case 1: TILE(w, 1); break;                \
-        case 2: TILE(w, 2); break;                \
-        case 3: TILE(w, 3); break;                \
-        case 4: TILE(w, 4); break;                \
-        case 5: TILE(w, 5); break;                \
-        case 6: TILE(w, 6); break;                \
-        case 7: TILE(w, 7); break;                \
-        default: TILE(w, 8);                      \
-        }                                         \
+// One compiled tile for every width up to the widest.
+#define WIDTHS(TILE, WIDEST)                             \
+    static void all_##TILE(const job *w, int n) {        \
+        switch (n) {                                     \
+        case 1: TILE(w, 1); break;                       \
+        case 2: TILE(w, 2); break;                       \
+        case 3: TILE(w, 3); break;                       \
+        case 4: TILE(w, WIDEST < 4 ? WIDEST : 4); break; \
+        case 5: TILE(w, WIDEST < 5 ? WIDEST : 5); break; \
+        case 6: TILE(w, WIDEST < 6 ? WIDEST : 6); break; \
+        case 7: TILE(w, WIDEST < 7 ? WIDEST : 7); break; \
+        default: TILE(w, WIDEST);                        \
+        }                                                \
     }
-#define FLOAT_WIDTHS(TILE)                                       \
-    static void all_##TILE(const job *w, int n) {                \
-        switch (n) {                                             \
-        case 1: TILE(w, 1); break;                               \
-        case 2: TILE(w, 2); break;                               \
-        case 3: TILE(w, 3); break;                               \
-        case 4: TILE(w, FLOAT_TILE < 4 ? FLOAT_TILE : 4); break; \
-        case 5: TILE(w, FLOAT_TILE < 5 ? FLOAT_TILE : 5); break; \
-        default: TILE(w, FLOAT_TILE);                            \
-        }                                                        \
-    }
-WIDTHS(tile_q8_0)
-WIDTHS(tile_q5_0)
-WIDTHS(tile_q4_0)
-WIDTHS(tile_q5_1)
-WIDTHS(tile_q4_1)
-WIDTHS(tile_q4_K)
-WIDTHS(tile_q5_K)
-WIDTHS(tile_q6_K)
-FLOAT_WIDTHS(tile_f16)
-FLOAT_WIDTHS(tile_f32)
+WIDTHS(tile_q8_0, COLUMNS)
+WIDTHS(tile_q5_0, COLUMNS)
+WIDTHS(tile_q4_0, COLUMNS)
+WIDTHS(tile_q5_1, COLUMNS)
+WIDTHS(tile_q4_1, COLUMNS)
+WIDTHS(tile_q4_K, COLUMNS)
+WIDTHS(tile_q5_K, COLUMNS)
+WIDTHS(tile_q6_K, COLUMNS)
+WIDTHS(tile_f16, FLOAT_TILE)
+WIDTHS(tile_f32, FLOAT_TILE)

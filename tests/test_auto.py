@@ -218,6 +218,19 @@ def test_earlier_runs_decide_before_the_first_pass() -> None:
     assert schedule.pass_guard.trusted
 
 
+def test_each_answer_is_judged_by_what_is_known_and_not_by_the_last_text() -> None:
+    """After an answer that the drafter did not suit, the next begins with drafts again, if earlier runs say that they pay."""
+    bad, good = Machine(honest(0.0, 0.1), verify=FLAT), Machine(steady(1.0, 0.9), verify=FLAT)
+    schedule = auto(bad, beliefs={"timed": Belief(survival=(0.9, 0.8, 0.7, 0.6))})
+    assert bad.run(schedule, 200)[1][-1].parked
+    assert any(r.verified for r in good.run(schedule, 4)[1])
+    unknown = auto(bad)
+    assert bad.run(unknown, 200)[1][-1].parked
+    assert not any(r.verified for r in good.run(unknown, 4)[1]), (
+        "without earlier runs the last text is all that is known"
+    )
+
+
 def test_several_sequences_share_the_budget() -> None:
     """Four sequences on a curve where verifying is far from free: as good as the best fixed length, by admission of all."""
     machine = Machine(honest(0.2, 1.0), n_seq=4, verify={1: 10, 4: 16, 8: 26, 12: 36, 20: 58}, draft={1: 2, 4: 2.5})
