@@ -79,9 +79,9 @@ typedef struct {
      prepare_##COLUMN_NAME, all_tile_##NAME}
 // clang-format on
 static const kernel kernels[] = {
-    QUANTIZED(Q8_0, q8_0, Q8_0, q8_0, BLOCK, 0, 1, COLUMNS),
-    QUANTIZED(Q5_0, q5_0, Q8_0, q8_0, BLOCK, 0, 1, COLUMNS),
-    QUANTIZED(Q4_0, q4_0, Q8_0, q8_0, BLOCK, 0, 1, COLUMNS),
+    QUANTIZED(Q8_0, q8_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED_Q8_0),
+    QUANTIZED(Q5_0, q5_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED_Q8_0),
+    QUANTIZED(Q4_0, q4_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED_Q8_0),
     QUANTIZED(Q5_1, q5_1, Q8_1, q8_1, BLOCK, 0, 2, 2 * COLUMNS),
     QUANTIZED(Q4_1, q4_1, Q8_1, q8_1, BLOCK, 0, 2, 2 * COLUMNS),
     QUANTIZED(Q4_K, q4_K, Q8_K, q8_K, SUPER, 0, 2, PREPARED_K),

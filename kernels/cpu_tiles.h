@@ -55,11 +55,21 @@ INLINE float sum_8(__m256 x) {
     return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
 }
 
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define VNNI 1
+INLINE __m256i add_dot_bytes(__m256i sum, __m256i u, __m256i s) { return _mm256_dpbusd_epi32(sum, u, s); }
+#elif defined(__AVXVNNI__)
+#define VNNI 1
+INLINE __m256i add_dot_bytes(__m256i sum, __m256i u, __m256i s) { return _mm256_dpbusd_avx_epi32(sum, u, s); }
+#else
+#define VNNI 0
+#endif
+
 // Sums of four products each, of unsigned and signed bytes. The 16-bit way holds 2 * 255 * 127 only for weights up to
 // 128.
 INLINE __m256 dot_bytes(__m256i u, __m256i s) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(_mm256_setzero_si256(), u, s));
+#if VNNI
+    return _mm256_cvtepi32_ps(add_dot_bytes(_mm256_setzero_si256(), u, s));
 #else
     return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
 #endif
@@ -91,34 +101,69 @@ INLINE __m256i bytes_q5_0(const block_q5_0 *x) {  // bit 5 says that it is not n
 }
 INLINE __m256i bytes_q4_0(const block_q4_0 *x) { return _mm256_sub_epi8(nibbles(x->qs), _mm256_set1_epi8(8)); }
 
-// Scales of up to COLUMNS columns, block by block. Those that are not there are zero: leftovers could be denormal, and
-// slow.
+// What tiles of signed bytes read of up to COLUMNS columns, block by block. Scales of those that are not there are
+// zero: leftovers could be denormal, and slow.
+typedef struct {
+    float scales[COLUMNS];
+#if VNNI
+    uint8_t raised[COLUMNS][BLOCK];  // the columns' own bytes and 128
+#endif
+} columns_q8_0;
+enum { PREPARED_Q8_0 = sizeof(columns_q8_0) / sizeof(float) };
+
 static void prepare_q8_0(const job *w, int n, float *to) {
-    for (int64_t k = 0; k < w->k; k++)
-        for (int j = 0; j < COLUMNS; j++)
-            to[COLUMNS * k + j] = j < n ? half(((const block_q8_0 *)(w->b + j * w->b_bytes))[k].d) : 0.0f;
+    for (int64_t k = 0; k < w->k; k++) {
+        columns_q8_0 *prepared = (columns_q8_0 *)to + k;
+        for (int j = 0; j < COLUMNS; j++) {
+            const block_q8_0 *column = (const block_q8_0 *)(w->b + j * w->b_bytes) + k;
+            prepared->scales[j] = j < n ? half(column->d) : 0.0f;
+#if VNNI
+            if (j < n)
+                for (int i = 0; i < BLOCK; i++) prepared->raised[j][i] = (uint8_t)(column->qs[i] + 128);
+#endif
+        }
+    }
 }
 
-#define SIGNED_TILE(TYPE)                                                                                     \
-    INLINE void tile_##TYPE(const job *w, const int n) {                                                      \
-        const int64_t length = w->k;                                                                          \
-        for (int64_t i = w->lo; i < w->hi; i++) {                                                             \
-            const block_##TYPE *row = (const block_##TYPE *)(w->a + i * w->a_bytes);                          \
-            __m256 sums[COLUMNS];                                                                             \
-            for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps();                                        \
-            for (int64_t k = 0; k < length; k++) {                                                            \
-                prefetch(row + k);                                                                            \
-                const __m256i x = bytes_##TYPE(row + k), size = _mm256_abs_epi8(x);                           \
-                const __m256 d =                                                                              \
-                    _mm256_mul_ps(_mm256_set1_ps(half(row[k].d)), _mm256_load_ps(w->prepared + COLUMNS * k)); \
-                for (int j = 0; j < n; j++) {                                                                 \
-                    const block_q8_0 *column = (const block_q8_0 *)(w->b + j * w->b_bytes) + k;               \
-                    const __m256i y = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *)column->qs), x);   \
-                    sums[j] = _mm256_fmadd_ps(spread(d, j), dot_bytes(size, y), sums[j]);                     \
-                }                                                                                             \
-            }                                                                                                 \
-            for (int j = 0; j < n; j++) w->c[j * w->ldc + i] = sum_8(sums[j]);                                \
-        }                                                                                                     \
+// Sums of four products each of a block's signed bytes with those of column j. The processor multiplies unsigned bytes
+// with signed ones: either columns are raised by 128 and `rest` takes 128 times the weights off again, or `rest` is the
+// weights without their signs, which the columns get.
+#if VNNI
+INLINE __m256i rest_of(__m256i x) {
+    const __m256i zero = _mm256_setzero_si256();
+    return _mm256_sub_epi32(zero, add_dot_bytes(zero, _mm256_set1_epi8((char)128), x));
+}
+INLINE __m256 dot_signed(__m256i x, __m256i rest, const columns_q8_0 *prepared, const block_q8_0 *column, int j) {
+    (void)column;
+    return _mm256_cvtepi32_ps(add_dot_bytes(rest, _mm256_load_si256((const __m256i *)prepared->raised[j]), x));
+}
+#else
+INLINE __m256i rest_of(__m256i x) { return _mm256_abs_epi8(x); }
+INLINE __m256 dot_signed(__m256i x, __m256i rest, const columns_q8_0 *prepared, const block_q8_0 *column, int j) {
+    (void)prepared, (void)j;
+    return dot_bytes(rest, _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *)column->qs), x));
+}
+#endif
+
+#define SIGNED_TILE(TYPE)                                                                                         \
+    INLINE void tile_##TYPE(const job *w, const int n) {                                                          \
+        const int64_t length = w->k;                                                                              \
+        for (int64_t i = w->lo; i < w->hi; i++) {                                                                 \
+            const block_##TYPE *row = (const block_##TYPE *)(w->a + i * w->a_bytes);                              \
+            __m256 sums[COLUMNS];                                                                                 \
+            for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps();                                            \
+            for (int64_t k = 0; k < length; k++) {                                                                \
+                prefetch(row + k);                                                                                \
+                const columns_q8_0 *prepared = (const columns_q8_0 *)w->prepared + k;                             \
+                const __m256i x = bytes_##TYPE(row + k), rest = rest_of(x);                                       \
+                const __m256 d = _mm256_mul_ps(_mm256_set1_ps(half(row[k].d)), _mm256_load_ps(prepared->scales)); \
+                for (int j = 0; j < n; j++) {                                                                     \
+                    const block_q8_0 *column = (const block_q8_0 *)(w->b + j * w->b_bytes) + k;                   \
+                    sums[j] = _mm256_fmadd_ps(spread(d, j), dot_signed(x, rest, prepared, column, j), sums[j]);   \
+                }                                                                                                 \
+            }                                                                                                     \
+            for (int j = 0; j < n; j++) w->c[j * w->ldc + i] = sum_8(sums[j]);                                    \
+        }                                                                                                         \
     }
 SIGNED_TILE(q8_0)
 SIGNED_TILE(q5_0)
