@@ -258,6 +258,7 @@ class TestCosts:
             {"verify": {"1": -3.0}},
             {"verify": None},
             {"slope": [1]},
+            {"slope": [0.0, -0.1]},
             {"own_ms": "x"},
             {"depth": None},
             {"several": {"sequences": 1, "ms": {}}},

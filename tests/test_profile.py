@@ -46,7 +46,7 @@ def pair(
 
 
 def test_finds_the_jags_of_the_machine_within_its_time() -> None:
-    target, drafter, clock = pair(noise=0.05)
+    target, drafter, clock = pair(noise=0.03)
     profile = measure(target, drafter, seconds=5.0, clock=clock)
     assert clock() < 6.0
     assert profile.doubt is None
@@ -87,6 +87,57 @@ def test_a_neighbour_who_comes_and_goes_is_not_taken_for_the_cost_of_a_width(mon
     costs = measure(target, drafter, seconds=5.0, clock=clock).costs()
     for tokens in (1, 2, 3, 4):
         assert costs.verify.at(tokens) == pytest.approx(JAGGED[tokens], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("slower", "repetitions"),
+    [(1.0, 7), (4.0, 3)],
+    ids=["more than all widths are timed", "no time to time all widths more than the least"],
+)
+@pytest.mark.parametrize("width", [3, 4, 6])
+def test_a_width_of_which_all_first_repetitions_were_disturbed_is_timed_until_it_is_not(
+    width: int, slower: float, repetitions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neighbours make it two fifths too dear: never tried then, so no round would ever show what it takes."""
+    target, drafter, clock = pair(noise=0.01)
+    target.ms = Curve({n: slower * ms for n, ms in JAGGED.items()})
+    step, calls = target.step, Counter[int]()
+
+    def disturbed(rows: list[Row]) -> list[RowOutput]:
+        calls[len(rows[0].tokens)] += 1
+        native = target.native_ms
+        outputs = step(rows)
+        if len(rows[0].tokens) == width and calls[width] <= repetitions:
+            clock.spend(0.4 * (target.native_ms - native))
+            target.native_ms += 0.4 * (target.native_ms - native)
+        return outputs
+
+    monkeypatch.setattr(target, "step", disturbed)
+    costs = measure(target, drafter, seconds=5.0, clock=clock).costs()
+    assert clock() < 6.5
+    for tokens in (1, 2, 3, 4, 5, 6):
+        assert costs.verify.at(tokens) == pytest.approx(slower * JAGGED[tokens], rel=0.05)
+
+
+class TestOutOfLine:
+    def found(self, verify: dict[int, float]) -> list[int]:
+        samples = {Job("verify", 32, n): [1.1 * ms, ms] for n, ms in verify.items()}
+        others = {Job("draft", 32, 1): [9.0], Job("draft", 32, 4): [1.0], Job("inject", 32, 2): [90.0]}
+        return [job.tokens for job in Profile(samples | others, (32, 32)).out_of_line()]
+
+    def test_a_straight_curve_has_nothing_out_of_line(self) -> None:
+        assert self.found({n: 6.0 + n for n in (1, 2, 3, 4, 6, 8, 16)}) == []
+
+    @pytest.mark.parametrize("n", [1, 2, 4, 8, 16])
+    def test_a_point_above_its_neighbours_is_at_every_place(self, n: int) -> None:
+        curve = {m: 6.0 + m for m in (1, 2, 3, 4, 6, 8, 16)}
+        assert n in self.found({**curve, n: 1.3 * curve[n]})
+
+    def test_the_farthest_comes_first(self) -> None:
+        assert self.found({1: 6.0, 2: 8.1, 3: 7.5, 4: 8.0, 5: 12.0, 6: 9.0, 7: 9.5})[:2] == [5, 2]
+
+    def test_two_points_are_always_in_line(self) -> None:
+        assert self.found({1: 6.0, 2: 60.0}) == []
 
 
 def test_a_plain_pass_never_costs_more_than_a_wider_one() -> None:

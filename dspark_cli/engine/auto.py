@@ -118,7 +118,8 @@ class AutoSchedule(Schedule):
 
     def block(self, limits: Sequence[int], depth: float) -> list[int]:
         shared = len(limits)
-        self._now = self._regime(shared)
+        if shared != self._plan.shared:
+            self._now = self._regime(shared)
         alone = self.costs.verify_at(shared, depth, shared)
         plain = alone + self.costs.own_ms
         tokens, cost = self._now.past
@@ -131,7 +132,7 @@ class AutoSchedule(Schedule):
             lambda: self.costs.verify_ms(shared, depth, most)[shared:],
             alone,
             plain,
-            worth=shared * rate / plain,
+            shared * rate / plain,
         )
         return list(limits)
 
@@ -141,21 +142,22 @@ class AutoSchedule(Schedule):
         if not wanted:
             return [0] * len(blocks)
         self._judge_by_what_is_known(wanted)
-        if not self.pass_guard.active or self._trial is not None or self._plain_is_due or self._budget.spent:
+        now = self._now
+        if not now.pass_guard.active or self._trial is not None or self._plain_is_due or self._budget.spent:
             return [0] * len(blocks)
         wanted = min(wanted, self._pass_block(wanted))
         pass_ms = self.costs.pass_ms(plan.shared, wanted, plan.depth)
-        promise = self._now.promise
+        promise = now.promise
         if promise is not None:
             promise -= pass_ms * plan.worth / plan.shared
         asked = [
             0 if len(draft) and self._beats(draft, block, promise) else min(block, wanted)
             for block, draft in zip(blocks, quick, strict=True)
         ]
-        if self.pass_guard.probing:  # a few requests tell what the drafter is worth to all
+        if now.pass_guard.probing:  # a few requests tell what the drafter is worth to all
             some = [i for i, n in enumerate(asked) if n][:WATCHED]
             asked = [n if i in some else 0 for i, n in enumerate(asked)]
-        plan.passed, plan.asked = max(asked), sum(n > 0 for n in asked)
+        plan.passed, plan.asked = max(asked), len(asked) - asked.count(0)
         if plan.passed:
             plan.pass_ms = pass_ms if plan.asked == plan.shared else self.costs.pass_ms(plan.asked, wanted, plan.depth)
         return asked
@@ -248,13 +250,16 @@ class AutoSchedule(Schedule):
         if not size:
             return [0] * len(drafts), 0.0
         sampled = any(d.probs is not None for d in drafts)
-        # Smoothed over all that could have been drafted: how much was is the drafter's knowledge, not the past's.
-        ms = self._smoothed(plan.round_ms(len(plan.verify) - 1)) if sampled else plan.round_ms(size)
+        ms = self._smoothed() if sampled else plan.round_ms(size)
         tokens, cost = self._now.past
         carry = (tokens * plan.shared, min(cost, tokens) * plan.plain)
         cap = self._room if self.cap is None else min(self._room, self.cap - plan.shared)
         lengths = admit(offered, ms, early_stop=sampled, carry=carry, cap=cap)
-        promised = sum(sum(a[:n].tolist()) for a, n in zip(offered, lengths, strict=True) if n) / plan.shared
+        promised = 0.0
+        for a, n in zip(offered, lengths, strict=True):
+            if n:
+                promised += sum(a[:n].tolist())
+        promised /= plan.shared
         # For sampled drafts a look at all that was admitted would anticipate.
         if sampled or not promised or (1.0 + promised) * ms[0] > WORTH * ms[sum(lengths)]:
             return lengths, promised
@@ -341,11 +346,15 @@ class AutoSchedule(Schedule):
             self.quick_guard.skipped()
         return [NOTHING for _ in survival]
 
-    def _smoothed(self, ms: Array) -> Array:
-        """The convex curve below `ms`, kept for some rounds: costs change slowly, and one over many requests is long."""
+    def _smoothed(self) -> Array:
+        """The convex curve below the costs of a round, kept for some: they change slowly, and one over many requests is long.
+
+        Over all that could have been drafted: how much was is the drafter's knowledge, not the past's.
+        """
         kept, left = self._smooth
-        if left <= 0 or len(kept) != len(ms):
-            kept, left = convex_minorant(ms), REVIEW
+        size = len(self._plan.verify)
+        if left <= 0 or len(kept) != size:
+            kept, left = convex_minorant(self._plan.round_ms(size - 1)), REVIEW
         self._smooth = (kept, left - 1)
         return kept
 
@@ -365,10 +374,8 @@ class AutoSchedule(Schedule):
         else:
             self._count_round(outcomes, times)
         if plan.logits:
-            unwatched = (
-                pair for i, pair in enumerate(zip(outcomes, plan.logits, strict=True)) if i not in self._watched
-            )
-            self._learn(unwatched)
+            pairs = list(zip(outcomes, plan.logits, strict=True))
+            self._learn([pair for i, pair in enumerate(pairs) if i not in self._watched] if self._watched else pairs)
         if not plan.passed or self._watched:
             self._skip_pass()
         self._parked = None if plan.verified or (plan.passed and not self._watched) else self._why_parked()
@@ -378,7 +385,7 @@ class AutoSchedule(Schedule):
         plan, now = self._plan, self._now
         extra = plan.extra_ms / plan.plain
         cost = 1.0 + extra + plan.pass_ms / plan.plain
-        brought = 1.0 + sum(o.accepted for o in outcomes) / len(outcomes)
+        brought = 1.0 + sum([o.accepted for o in outcomes]) / len(outcomes)
         now.count(brought, cost, verified=plan.verified > 0)
         if self._watched and self._trial is not None:
             # What it really took, with the features that waited.

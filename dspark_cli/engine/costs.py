@@ -64,16 +64,17 @@ class Curve:
     def refine(self, tokens: int, ratio: float) -> None:
         """A pass of `tokens` took `ratio` times what `at(tokens)` says."""
         seen = self.seen[tokens] = self.seen.get(tokens, 0) + 1
-        fresh = tokens not in self.known
+        now = self.known.get(tokens)
+        if now is None:
+            self.known = dict(sorted({**self.known, tokens: self.at(tokens) * ratio}.items()))
+            self._stale = True
+            return
         weight = PROFILE_WEIGHT if tokens in self.profiled else 0
-        rate = 1.0 if fresh else max(CELL_RATE, 1.0 / (seen + weight))
-        self.known[tokens] = self.at(tokens) * ratio**rate
-        if fresh:
-            self.known = dict(sorted(self.known.items()))
-        if fresh or not ((tokens == 1 or tokens - 1 in self.known) and tokens + 1 in self.known):
-            self._stale = True  # neighbours that were never measured move with it
+        now = self.known[tokens] = now * ratio ** max(CELL_RATE, 1.0 / (seen + weight))
+        if tokens + 1 in self.known and (tokens == 1 or tokens - 1 in self.known):
+            self._ms[tokens] = now
         else:
-            self._ms[tokens] = self.known[tokens]
+            self._stale = True  # neighbours that were never measured move with it
 
     def disagreement(self) -> float:
         """How far apart the online corrections of well-seen profiled points are (1 = the profile's shape holds)."""
@@ -88,7 +89,7 @@ class CostModel:
     """Costs of one loaded pair.
 
     verify:      tokens in the target's pass -> ms, at `depth` cached tokens a sequence
-    slope:       ms that one more cached token of one sequence adds to a pass: slope[0] + slope[1] * tokens
+    slope:       ms that one more cached token of one sequence adds to a pass: slope[0] + slope[1] * tokens, neither negative
     crowded:     whether those are all tokens of the pass, of whatever sequence; else that sequence's own
     draft:       tokens asked for -> ms of the drafter's pass for one sequence at `depth`; None without a pass
     several:     the same for some other number of sequences: (sequences, curve); None where only one was measured
@@ -122,8 +123,9 @@ class CostModel:
         """ms [size + 1] of a pass by its tokens, for `shared` sequences with `depth` cached tokens each, as of now."""
         curve = self._curve(shared).upto(size)
         if depth != self.depth and self.slope != (0.0, 0.0):
+            deeper = curve + self._deeper(self.slope, shared, depth, np.arange(size + 1.0))
             # Never below half of what was measured: the line is fitted on two depths only.
-            curve = np.maximum(curve + self._deeper(self.slope, shared, depth, np.arange(size + 1.0)), 0.5 * curve)
+            curve = deeper if depth > self.depth else np.maximum(deeper, 0.5 * curve)
         return curve * self.drift
 
     def verify_at(self, shared: int, depth: float, tokens: int) -> float:
@@ -155,7 +157,7 @@ class CostModel:
     def _draft_ms(self, shared: int, block: int, depth: float | None) -> float:
         """ms of the drafter's pass alone, as of now."""
         ms = self._draft_curve(shared).at(block)
-        if depth is not None:
+        if depth is not None and self.draft_slope != (0.0, 0.0):
             ms = max(0.5 * ms, ms + self._deeper(self.draft_slope, shared, depth, shared * block))
         return ms * self.drift
 
@@ -183,7 +185,7 @@ class CostModel:
 
     def observe_verify(self, shared: int, tokens: int, depth: float, ms: float) -> None:
         """A pass over `tokens` took `ms`. A clock that stood still or went back is no observation."""
-        if not (math.isfinite(ms) and ms > 0):
+        if not 0 < ms < math.inf:
             return
         ratio = ms / self.verify_at(shared, depth, tokens)
         if not self.measured:
@@ -197,7 +199,7 @@ class CostModel:
 
     def observe_draft(self, shared: int, block: int, depth: float, ms: float) -> None:
         """A drafter's pass of `block` tokens for each of `shared` sequences with `depth` cached tokens took `ms`."""
-        if not (math.isfinite(ms) and ms > 0):
+        if not 0 < ms < math.inf:
             return
         if self.draft is None:
             self.draft = Curve({block: ms / self.drift})
@@ -212,7 +214,7 @@ class CostModel:
     def observe_pass(self, shared: int, own_ms: float, inject_ms: float) -> None:
         """The same where it did, for `shared` sequences, whose features took `inject_ms`."""
         self.pass_own_ms = _smoothed(self.pass_own_ms, own_ms)
-        if not (math.isfinite(inject_ms) and inject_ms > 0):
+        if not 0 < inject_ms < math.inf:
             return
         if self.inject is None:
             self.inject = Curve({shared: inject_ms / self.drift})
@@ -247,6 +249,8 @@ class CostModel:
 
         def pair(slope: Sequence[float]) -> tuple[float, float]:
             first, second = map(float, slope)
+            if not (first >= 0 and second >= 0):
+                raise ValueError("a pass does not get quicker with depth")
             return first, second
 
         verify = curve(raw["verify"])
@@ -272,11 +276,11 @@ class CostModel:
 
 
 def _bounded(ratio: float) -> float:
-    return min(max(ratio, 1 / OUTLIER), OUTLIER)
+    return OUTLIER if ratio > OUTLIER else max(ratio, 1 / OUTLIER)
 
 
 def _smoothed(old: float, new: float) -> float:
     """A moving mean that an outlier moves little."""
-    if not (math.isfinite(new) and new >= 0):
+    if not 0 <= new < math.inf:
         return old
     return old + 0.05 * (min(new, 4 * old + 0.1) - old)

@@ -32,6 +32,8 @@ SETTLING = (
 )
 REPEATS = 3  # fewest repetitions of a finished profile
 MOST_REPEATS = 7
+OUT_OF_LINE = 1.05  # a pass this many times dearer than its neighbours' say is timed again: less moves no decision
+CONFIRMATIONS = 6  # times at most that those are timed again: a curve may really be jagged
 WIDE = 0.2  # quartiles further apart than this share of the median: the machine is busy, the profile is not kept
 SHALLOW, DEEP = 32, 512  # cached tokens at which passes are measured
 SEVERAL = 8  # sequences at most whose shared drafts are measured: what more of them cost goes on from there
@@ -120,6 +122,22 @@ class Profile:
             inject=Curve(inject) if inject else None,
         )
 
+    def out_of_line(self) -> list[Job]:
+        """Jobs clearly above the line through their nearest two neighbours in tokens, the farthest above it first.
+
+        So lies a jag of the machine, and so a job of which every repetition was disturbed: only timing it again can tell.
+        """
+        found: dict[Job, float] = {}
+        for kind, depth, sequences in {(j.kind, j.depth, j.sequences) for j in self.samples}:
+            points = sorted(self.ms(kind, depth, sequences).items())
+            for i, (n, ms) in enumerate(points if len(points) > 2 else []):
+                first = min(max(i - 1, 0), len(points) - 3)  # of the three that lie nearest
+                (a, ms_a), (b, ms_b) = (p for p in points[first : first + 3] if p[0] != n)
+                line = ms_a + max(0.0, ms_b - ms_a) * (n - a) / (b - a)
+                if ms > OUT_OF_LINE * line:
+                    found[Job(kind, depth, n, sequences)] = line / ms
+        return sorted(found, key=lambda job: found[job])
+
     def _slope(self, kind: str) -> tuple[float, float]:
         """ms per cached token: a line over the pass's tokens; 0 where the difference is within the noise."""
         shallow, deep = self.depths
@@ -147,6 +165,7 @@ def measure(
 
     Interleaved: every repetition takes all widths in turn, forth and back, so that drift hits them alike. As in a verify pass
     libllama then builds a graph for another width than the last; plain passes follow one another, so a plain one is run before.
+    A width that is measured too dear is never tried, so no round would mend it: what is out of line is timed more often.
     """
     seconds = budget_s() if seconds is None else seconds
     profile = Profile(crowded=target.info.crowded)
@@ -164,8 +183,11 @@ def measure(
         ]
         jobs += bench.drafting(depth)
         end += bench.record(jobs)
+        plain = jobs.pop(0)
+        jobs.insert(len(jobs) // 2, plain)  # never twice in a row: one burst would spoil both
         bench.sample(profile, jobs, REPEATS, clock() + seconds)
         bench.sample(profile, jobs, MOST_REPEATS - REPEATS, end - 0.4 * seconds)
+        end += bench.confirm(profile, plain, 0.15 * seconds)
         deep = bench.fill(min(DEEP, target.info.n_ctx // 2), until=end - 0.2 * seconds)
         profile.depths = (depth, deep)
         if deep >= depth + 64:
@@ -301,6 +323,16 @@ class _Bench:
                     self.run(job)
                 profile.add(job, self.run(job))
                 self.tell()
+
+    def confirm(self, profile: Profile, plain: Job, seconds: float) -> float:
+        """Time again what is out of line, beside a plain pass, as long as it stays so; returns the seconds it took."""
+        began = self.clock()
+        for _ in range(CONFIRMATIONS):
+            doubtful = profile.out_of_line()
+            if not doubtful:
+                break
+            self.sample(profile, [plain, *(job for job in doubtful if job != plain)], 1, began + seconds)
+        return self.clock() - began
 
     def clean(self) -> None:
         """Leave nothing behind."""

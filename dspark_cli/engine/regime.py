@@ -11,7 +11,7 @@ from dspark_cli.engine.guard import Guard
 FADE = 0.9  # the recent past that a round's rate is counted with: about 10 rounds, as copying ends as suddenly as it begins
 
 
-@dataclass
+@dataclass(slots=True)
 class Plan:
     """One round on its way from `block` to `observe`.
 
