@@ -23,15 +23,6 @@
 typedef struct {
     int thread, threads;
 } compute_params;
-// ggml-cpu.h
-typedef void (*dot_fn)(int n, float *out, size_t, const void *row, size_t, const void *column, size_t, int);
-typedef struct {
-    void *from_float;
-    dot_fn dot;
-    int column_type;
-    int64_t rows;
-} type_traits;
-
 // ggml.h: as far as the data
 typedef struct tensor {
     int type;
@@ -59,20 +50,6 @@ enum { VERIFIED = 32 };
 
 static _Thread_local float scratch[SCRATCH] __attribute__((aligned(64)));
 
-typedef struct {
-    int type, column_type;
-    size_t a_bytes, b_bytes;  // of a block
-    int64_t block;            // weights of a block
-    size_t halves_at;         // where a block of weights has its scales, and how many: for `agrees`
-    int halves;
-    int tile;         // columns at once
-    int64_t columns;  // at most; 0 = any number
-    int64_t step;     // blocks that a row must be a multiple of
-    int64_t floats;   // of scratch a block and tile
-    void (*prepare)(const job *, int n, float *to);
-    void (*compute)(const job *, int n);
-} kernel;
-
 // clang-format off
 #define QUANTIZED(TYPE, NAME, COLUMN, COLUMN_NAME, SIZE, AT, HALVES, FLOATS) \
     {TYPE, COLUMN, sizeof(block_##NAME), sizeof(block_##COLUMN_NAME), SIZE, AT, HALVES, COLUMNS, 0, 1, FLOATS, \
@@ -94,8 +71,8 @@ enum { KERNELS = sizeof kernels / sizeof kernels[0] };
 
 // The rows of one thread. Columns in groups whose scratch is at hand, rows in blocks that stay at hand while a group
 // passes.
-static void compute(const kernel *use, int64_t lo, int64_t hi, int64_t n, int64_t k, const char *a, size_t a_bytes,
-                    const char *b, size_t b_bytes, float *c, int64_t ldc) {
+void multiply_rows(const kernel *use, int64_t lo, int64_t hi, int64_t n, int64_t k, const char *a, size_t a_bytes,
+                   const char *b, size_t b_bytes, float *c, int64_t ldc) {
     const int64_t floats = use->floats * k, group = floats ? SCRATCH / floats * use->tile : n;
     for (int64_t first = 0; first < n; first += group) {
         const int64_t end = n < first + group ? n : first + group;
@@ -141,12 +118,20 @@ static void *theirs(const char *name, const void *caller) {
 static const kernel *own[TYPES];
 static atomic_long asked;
 
-static const kernel *kernel_for(int64_t n, int64_t k, int a_type, int b_type, int c_type) {
-    if (a_type < 0 || a_type >= TYPES || !own[a_type] || c_type != F32) return NULL;
-    const kernel *use = own[a_type];
-    const bool fits = use->column_type == b_type && k % use->step == 0 && use->floats * k <= SCRATCH;
-    return fits && (!use->columns || n <= use->columns) ? use : NULL;
+const kernel *kernel_of(int type, int64_t blocks) {
+    if (type < 0 || type >= TYPES || !own[type]) return NULL;
+    const kernel *use = own[type];
+    return blocks % use->step == 0 && use->floats * blocks <= SCRATCH ? use : NULL;
 }
+
+static const kernel *kernel_for(int64_t n, int64_t k, int a_type, int b_type, int c_type) {
+    const kernel *use = c_type == F32 ? kernel_of(a_type, k) : NULL;
+    return use && use->column_type == b_type && (!use->columns || n <= use->columns) ? use : NULL;
+}
+
+static from_float_fn quantizers[TYPES];
+
+from_float_fn quantizer(int column_type) { return quantizers[column_type]; }
 
 // ggml asks this of every thread, twice where columns have to be quantized first: false leaves the product to it.
 // Everything that decides is the same for all threads.
@@ -158,8 +143,8 @@ bool llamafile_sgemm(const compute_params *params, int64_t m, int64_t n, int64_t
         HAND_ON(product_fn, "llamafile_sgemm")
         return handed_on && handed_on(params, m, n, k, a, lda, b, ldb, c, ldc, a_type, b_type, c_type);
     }
-    compute(use, m * params->thread / params->threads, m * (params->thread + 1) / params->threads, n, k, a,
-            lda * use->a_bytes, b, ldb * use->b_bytes, c, ldc);
+    multiply_rows(use, m * params->thread / params->threads, m * (params->thread + 1) / params->threads, n, k, a,
+                  lda * use->a_bytes, b, ldb * use->b_bytes, c, ldc);
     return true;
 }
 
@@ -269,7 +254,7 @@ static bool agrees(const kernel *use, dot_fn dot) {
             fill_halves(b, MOST * k, use->b_bytes, 0, use->column_type == Q8_1 ? 2 : 1);
         }
         for (int64_t n = 1; n <= MOST; n++) {
-            compute(use, 0, ROWS, n, k, a, a_bytes, b, b_bytes, c, ROWS);
+            multiply_rows(use, 0, ROWS, n, k, a, a_bytes, b, b_bytes, c, ROWS);
             for (int64_t j = 0; j < n; j++)
                 for (int64_t i = 0; i < ROWS; i++) {
                     float wanted;
@@ -289,6 +274,9 @@ uint64_t dspark_kernels_start(const type_traits *(*traits)(int type)) {
         const bool same =
             known && known->dot && known->column_type == kernels[i].column_type && agrees(&kernels[i], known->dot);
         own[kernels[i].type] = same ? &kernels[i] : NULL;
+        const int column_type = kernels[i].column_type;
+        const type_traits *columns = column_type == F32 ? NULL : traits(column_type);
+        if (same && columns) quantizers[column_type] = columns->from_float;
         types |= same ? 1ull << kernels[i].type : 0;
     }
     return types;

@@ -1,4 +1,5 @@
-"""Builds `cpu_kernels.c` with this machine's compiler and puts it in front of ggml's matrix products, on x86-64 Linux.
+"""Builds the C files of this folder with this machine's compiler and puts them in front of ggml's matrix products, on x86-64
+Linux.
 
 `preload` comes before libllama is loaded, `start` after. Either gives up quietly where something is missing: ggml computes
 everything then, slower and with other last bits in a pass of several tokens. `state` says which it is, and why.
@@ -22,13 +23,15 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-SOURCE = Path(__file__).with_name("cpu_kernels.c")
-TILES = Path(__file__).with_name("cpu_tiles.h")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.c", "cpu_drafter.c"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.h", "cpu_tiles.h"))
 #: "off": not used, to compare with ggml's own products
 SWITCH = "DSPARK_CPU_KERNELS"
 #: where the built library is kept instead of the user's cache folder
 FOLDER = "DSPARK_CPU_KERNELS_DIR"
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
+#: for the drafter, which shares ggml's threads; a compiler that lacks it builds the rest
+OPENMP = "-fopenmp"
 COMPILERS = ("cc", "gcc", "clang")
 BUILD_S = 60.0
 DIGEST_BYTES = 32
@@ -84,7 +87,7 @@ def complete() -> bool:
 @cache
 def identity() -> str:
     """Which products these are. Costs measured with others do not count."""
-    return hashlib.sha256(SOURCE.read_bytes() + TILES.read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS))).hexdigest()[:12]
 
 
 def unfit() -> str | None:
@@ -136,18 +139,25 @@ def build(to: Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix="building-") as folder:
         made = Path(folder) / to.name
-        subprocess.run(
-            [*command, *FLAGS, "-o", str(made), str(SOURCE)],
-            check=True,
-            capture_output=True,
-            timeout=BUILD_S,
-            text=True,
-            errors="replace",  # a compiler speaks the user's language
-        )
+        try:
+            _compile([*command, *FLAGS, OPENMP], made)
+        except subprocess.CalledProcessError:
+            _compile([*command, *FLAGS], made)
         with made.open("r+b") as file:
             digest = hashlib.sha256(file.read()).digest()
             file.write(digest)
         made.replace(to)
+
+
+def _compile(command: list[str], to: Path) -> None:
+    subprocess.run(
+        [*command, "-o", str(to), *map(str, SOURCES), "-lm"],
+        check=True,
+        capture_output=True,
+        timeout=BUILD_S,
+        text=True,
+        errors="replace",  # a compiler speaks the user's language
+    )
 
 
 def _whole(path: Path) -> bool:
@@ -177,6 +187,13 @@ def preload() -> None:
         _state = State(problem=f"could not be compiled: {said[0] if said else error}")
     except (OSError, subprocess.SubprocessError) as error:
         _state = State(problem=f"could not be built: {error}")
+
+
+def loaded() -> Any:
+    """Our own library. Raises RuntimeError where there is none."""
+    if _loaded is None:
+        raise RuntimeError(f"no kernels here: {_state.problem}")
+    return _loaded
 
 
 def library() -> Path | None:

@@ -5,15 +5,9 @@
 
 #pragma once
 
-#include <immintrin.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "cpu_kernels.h"
 
-// ggml.h
 // clang-format off
-enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q8_1 = 9, Q4_K = 12, Q5_K = 13, Q6_K = 14, Q8_K = 15 };
 // ggml-common.h: 32 weights a block, 256 where the name ends with K
 enum { BLOCK = 32, SUPER = 256 };
 typedef struct { uint16_t d; uint8_t qs[BLOCK / 2]; } block_q4_0;
@@ -32,18 +26,6 @@ typedef struct { float d; int8_t qs[SUPER]; int16_t sums[SUPER / 16]; } block_q8
 enum { COLUMNS = 8 };
 // Bytes: a row is asked for before it is read. A short row ends before the processor's own prefetcher has found it.
 enum { AHEAD = 512 };
-
-#define INLINE static inline __attribute__((always_inline))
-
-// Rows lo..hi of a times n columns of b into c: c[j * ldc + i] = a[i] . b[j], n at most COLUMNS; k blocks a row.
-typedef struct {
-    int64_t lo, hi, k;
-    const char *a, *b;
-    size_t a_bytes, b_bytes;  // of a row, of a column
-    const float *prepared;    // of these columns, by `prepare_*`
-    float *c;
-    int64_t ldc;
-} job;
 
 INLINE float half(uint16_t h) { return _cvtsh_ss(h); }
 

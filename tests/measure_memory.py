@@ -20,6 +20,12 @@ def peak_rss() -> int:
     raise RuntimeError("no VmHWM: this is not Linux")
 
 
+def mapped_twice(path: Path) -> int:
+    """Bytes of `path` that this process sees at two addresses (libllama's and our kernels'): counted twice, there once."""
+    parts = psutil.Process().memory_maps(grouped=False)
+    return max(0, sum(part.rss for part in parts if part.path == str(path.resolve())) - path.stat().st_size)
+
+
 def main(target: Path, ctx: int, drafter: Path | None) -> None:
     import gguf  # noqa: F401  (what a session imports belongs to the baseline, not to the pair)
     import jinja2.sandbox  # noqa: F401
@@ -51,7 +57,7 @@ def main(target: Path, ctx: int, drafter: Path | None) -> None:
         request = Request(prompt, 24, SamplingOptions())
         for _ in session.run(request):
             pass
-        grown = peak_rss() - before
+        grown = peak_rss() - before - (0 if target.is_dir() else mapped_twice(target))
     print(json.dumps({"grown": grown, "planned": plan.total, "plan": plan.as_dict()}))
 
 

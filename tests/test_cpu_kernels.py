@@ -137,9 +137,12 @@ def test_they_are_used_here() -> None:
 def test_the_way_of_processors_without_avx_512(tmp_path: Path) -> None:
     """Quantized formats sum alike with and without it; ggml's floats do not, where ggml was built with it."""
     library = tmp_path / "narrow.so"
-    command = [*(cpu_kernels.compiler() or []), *cpu_kernels.FLAGS, "-mno-avx512f", "-mno-avxvnni"]
+    command = [*(cpu_kernels.compiler() or []), *cpu_kernels.FLAGS, cpu_kernels.OPENMP, "-mno-avx512f", "-mno-avxvnni"]
     subprocess.run(
-        [*command, "-o", str(library), str(cpu_kernels.SOURCE)], check=True, capture_output=True, timeout=120
+        [*command, "-o", str(library), *map(str, cpu_kernels.SOURCES), "-lm"],
+        check=True,
+        capture_output=True,
+        timeout=120,
     )
     narrow = ctypes.CDLL(str(library))
     narrow.dspark_kernels_start.restype = ctypes.c_uint64
@@ -200,7 +203,7 @@ def test_a_dot_product_that_sums_otherwise_is_not_taken(tmp_path: Path) -> None:
         bits = ctypes.c_uint32.from_address(to)
         bits.value ^= 1 if n > 200 else 0
 
-    known = {number: real.ggml_get_type_traits_cpu(number).contents for number in TYPES.values()}
+    known = {number: real.ggml_get_type_traits_cpu(number).contents for number in {*TYPES.values(), *COLUMNS.values()}}
     known[TYPES["Q8_0"]] = Traits(None, ctypes.cast(nearly, ctypes.c_void_p), COLUMNS["Q8_0"], 1)
     # Columns of another type than ours: ggml has changed what it multiplies with.
     known[TYPES["Q4_1"]] = Traits(None, known[TYPES["Q4_1"]].dot, COLUMNS["Q4_0"], 1)

@@ -70,7 +70,7 @@ def test_a_pair_has_made_its_first_passes_when_it_is_loaded_and_holds_nothing(
         assert drafted == [1]
         assert isinstance(session.drafter, CombinedDrafter)
         assert isinstance(session.drafter.model, LlamaCppDrafter)
-        assert session.target.length(0) == session.drafter.model.context.length(0) == 0
+        assert session.target.length(0) == session.drafter.model.length(0) == 0
 
 
 def test_switching_changes_drafter_and_policy_and_not_the_text(embedded_gguf: Path) -> None:

@@ -212,4 +212,5 @@ def _place(path: Path, target: LlamaCppTarget) -> Path:
 
 def _key(path: Path, target: LlamaCppTarget) -> Sequence[object]:
     libraries = [installed(name) for name in ("torch", "llama-cpp-python")]
-    return [processor(), os.cpu_count(), libraries, target.context.threads, file_facts(path)]
+    kernels = target.info.details["kernels"]  # which may run the drafter in libllama's place
+    return [processor(), os.cpu_count(), libraries, kernels, target.context.threads, file_facts(path)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from dspark_cli.backends.llamacpp.attention import FEW_SEQUENCES, flash_word, score_bytes, ubatch_rows
+from dspark_cli.kernels import cpu_drafter
 
 GIB = 1024**3
 MIB = 1024**2
@@ -294,6 +295,8 @@ def drafter_need(
     """What the drafter takes beside the target."""
     if not drafter.weights:
         return Need()
+    if drafter.features and backend == "llamacpp" and device.kind == "cpu" and cpu_drafter.probable(options.kv_type):
+        return _kernels_need(drafter, device, ctx, options)
     flash = options.flash(device, backend, few=FEW_SEQUENCES)
     rows = min(ubatch_rows(flash), ctx)
     cached = ctx + drafter.width
@@ -305,6 +308,17 @@ def drafter_need(
         scores=_scores(drafter.n_head, _cached(cached, options.n_seq), rows, flash, backend),
         compute=_compute(drafter.n_embd, drafter.n_ff, drafter.n_vocab, device, rows, drafter.width),
         features=handed if drafter.features else 0,
+        overhead=_overhead(drafter.n_vocab),
+    )
+
+
+def _kernels_need(drafter: DrafterSize, device: Device, ctx: int, options: PlanOptions) -> Need:
+    """The same where our own kernels run it: keys and values in F16, no scores or buffers for whole prompts."""
+    return Need(
+        weights=drafter.weights,
+        kv=int(drafter.kv_values * (ctx + drafter.width) * options.n_seq * KV_BYTES["f16"]),
+        compute=_compute(drafter.n_embd, drafter.n_ff, drafter.n_vocab, device, cpu_drafter.COLUMNS, drafter.width),
+        features=4 * min(ubatch_rows("off"), ctx) * drafter.features,  # as they are handed over
         overhead=_overhead(drafter.n_vocab),
     )
 

@@ -10,8 +10,20 @@ from drafters import OPTIONS, REDUCED, TEXT, features_of
 
 import synthetic
 from dspark_cli.backends.base import FloatArray
+from dspark_cli.backends.llamacpp import drafter as drafter_module
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
+from dspark_cli.kernels import cpu_drafter
 from synthetic import SPEC
+
+
+@pytest.fixture(params=["kernels", "libllama"])
+def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who computes the drafters' passes: our kernels where there are any here, or libllama."""
+    if request.param == "libllama":
+        monkeypatch.setattr(drafter_module, "by_kernels", lambda *_: None)
+    elif (problem := cpu_drafter.unfit()) is not None:
+        pytest.skip(f"no kernels here: {problem}")
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from drafters import BARE
 
 import synthetic
 from dspark_cli.backends.base import DsparkError, PairMismatch
-from dspark_cli.backends.llamacpp import drafter as drafter_module
+from dspark_cli.backends.llamacpp import passes
 from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter
 from dspark_cli.backends.llamacpp.export import DrafterSpec
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
@@ -24,7 +24,8 @@ def no_context(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a context was created for a drafter that does not fit")
 
-    monkeypatch.setattr(drafter_module, "Context", refuse)
+    monkeypatch.setattr(passes, "Context", refuse)
+    monkeypatch.setattr(passes, "CpuDrafter", refuse)
 
 
 def write_for_anything(

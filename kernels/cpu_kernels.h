@@ -1,0 +1,63 @@
+// What the products of cpu_kernels.c are to other files of this library.
+
+#pragma once
+
+#include <immintrin.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+// ggml.h
+// clang-format off
+enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q8_1 = 9, Q4_K = 12, Q5_K = 13, Q6_K = 14, Q8_K = 15 };
+// clang-format on
+
+#define INLINE static inline __attribute__((always_inline))
+
+// Seen by the files of this library only.
+#define WITHIN __attribute__((visibility("hidden")))
+
+// ggml-cpu.h
+typedef void (*dot_fn)(int n, float *out, size_t, const void *row, size_t, const void *column, size_t, int);
+typedef void (*from_float_fn)(const float *from, void *to, int64_t n);
+typedef struct {
+    from_float_fn from_float;
+    dot_fn dot;
+    int column_type;
+    int64_t rows;
+} type_traits;
+
+// Rows lo..hi of a times n columns of b into c: c[j * ldc + i] = a[i] . b[j], n at most COLUMNS; k blocks a row.
+typedef struct {
+    int64_t lo, hi, k;
+    const char *a, *b;
+    size_t a_bytes, b_bytes;  // of a row, of a column
+    const float *prepared;    // of these columns, by `prepare_*`
+    float *c;
+    int64_t ldc;
+} job;
+
+typedef struct {
+    int type, column_type;
+    size_t a_bytes, b_bytes;  // of a block
+    int64_t block;            // weights of a block
+    size_t halves_at;         // where a block of weights has its scales, and how many: for `agrees`
+    int halves;
+    int tile;         // columns at once
+    int64_t columns;  // at most, in ggml's place; 0 = any number
+    int64_t step;     // blocks that a row must be a multiple of
+    int64_t floats;   // of scratch a block and tile
+    void (*prepare)(const job *, int n, float *to);
+    void (*compute)(const job *, int n);
+} kernel;
+
+// The kernel of a type and row length; NULL where there is none, or where it does not agree with ggml.
+WITHIN const kernel *kernel_of(int type, int64_t blocks);
+
+// Turns floats into columns of that type, as ggml does; NULL for floats themselves.
+WITHIN from_float_fn quantizer(int column_type);
+
+// Rows lo..hi of `a` times n columns of `b`, k blocks each: c[j * ldc + i] = a[i] . b[j]. By one thread.
+WITHIN void multiply_rows(const kernel *use, int64_t lo, int64_t hi, int64_t n, int64_t k, const char *a,
+                          size_t a_bytes, const char *b, size_t b_bytes, float *c, int64_t ldc);
