@@ -51,19 +51,19 @@ enum { VERIFIED = 32 };
 static _Thread_local float scratch[SCRATCH] __attribute__((aligned(64)));
 
 // clang-format off
-#define QUANTIZED(TYPE, NAME, COLUMN, COLUMN_NAME, SIZE, AT, HALVES, FLOATS) \
+#define QUANTIZED(TYPE, NAME, COLUMN, COLUMN_NAME, SIZE, AT, HALVES, FLOATS, PREPARE) \
     {TYPE, COLUMN, sizeof(block_##NAME), sizeof(block_##COLUMN_NAME), SIZE, AT, HALVES, COLUMNS, 0, 1, FLOATS, \
-     prepare_##COLUMN_NAME, all_tile_##NAME}
+     PREPARE, all_tile_##NAME}
 // clang-format on
 static const kernel kernels[] = {
-    QUANTIZED(Q8_0, q8_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED_Q8_0),
-    QUANTIZED(Q5_0, q5_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED_Q8_0),
-    QUANTIZED(Q4_0, q4_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED_Q8_0),
-    QUANTIZED(Q5_1, q5_1, Q8_1, q8_1, BLOCK, 0, 2, 2 * COLUMNS),
-    QUANTIZED(Q4_1, q4_1, Q8_1, q8_1, BLOCK, 0, 2, 2 * COLUMNS),
-    QUANTIZED(Q4_K, q4_K, Q8_K, q8_K, SUPER, 0, 2, PREPARED_K),
-    QUANTIZED(Q5_K, q5_K, Q8_K, q8_K, SUPER, 0, 2, PREPARED_K),
-    QUANTIZED(Q6_K, q6_K, Q8_K, q8_K, SUPER, offsetof(block_q6_K, d), 1, PREPARED_K),
+    QUANTIZED(Q8_0, q8_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED_Q8_0, prepare_for_q8_0),
+    QUANTIZED(Q5_0, q5_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED_Q8_0, prepare_for_q5_0),
+    QUANTIZED(Q4_0, q4_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED_Q8_0, prepare_for_q4_0),
+    QUANTIZED(Q5_1, q5_1, Q8_1, q8_1, BLOCK, 0, 2, PREPARED_Q8_1, prepare_q8_1),
+    QUANTIZED(Q4_1, q4_1, Q8_1, q8_1, BLOCK, 0, 2, PREPARED_Q8_1, prepare_q8_1),
+    QUANTIZED(Q4_K, q4_K, Q8_K, q8_K, SUPER, 0, 2, PREPARED_K, prepare_q8_K),
+    QUANTIZED(Q5_K, q5_K, Q8_K, q8_K, SUPER, 0, 2, PREPARED_K, prepare_q8_K),
+    QUANTIZED(Q6_K, q6_K, Q8_K, q8_K, SUPER, offsetof(block_q6_K, d), 1, PREPARED_K, prepare_q8_K),
     {F16, F16, 2, 2, 1, 0, 1, FLOAT_TILE, VERIFIED, 1, FLOAT_TILE, prepare_f16, all_tile_f16},
     {F32, F32, 4, 4, 1, 0, 0, FLOAT_TILE, VERIFIED, STEP, 0, NULL, all_tile_f32},
 };

@@ -60,6 +60,12 @@ INLINE __m256 dot_bytes(__m256i u, __m256i s) {
 // Number j of eight, eightfold.
 INLINE __m256 spread(__m256 x, int j) { return _mm256_permutevar8x32_ps(x, _mm256_set1_epi32(j)); }
 
+// The scale of a block times those of n columns, and that of column j, eightfold. Of one column alone by the short way.
+INLINE __m256 scales_of(float d, const float *columns, const int n) {
+    return n == 1 ? _mm256_set1_ps(d * columns[0]) : _mm256_mul_ps(_mm256_set1_ps(d), _mm256_load_ps(columns));
+}
+INLINE __m256 scale_of(__m256 scales, int j, const int n) { return n == 1 ? scales : spread(scales, j); }
+
 INLINE __m256i nibbles(const uint8_t *qs) {
     const __m128i both = _mm_loadu_si128((const __m128i *)qs);
     return _mm256_and_si256(_mm256_set1_epi8(15), _mm256_set_m128i(_mm_srli_epi16(both, 4), both));
@@ -69,83 +75,98 @@ INLINE __m256i nibbles(const uint8_t *qs) {
 INLINE __m256i bits(const uint8_t *qh) {
     uint32_t word;
     memcpy(&word, qh, 4);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    return _mm256_movm_epi8(word);
+#else
     const __m256i each = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
     const __m256i others = _mm256_set1_epi64x(0x7fbfdfeff7fbfdfe);
     return _mm256_cmpeq_epi8(_mm256_or_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int)word), each), others),
                              _mm256_set1_epi8(-1));
+#endif
 }
 
 // ---- Q8_0, Q5_0, Q4_0: signed bytes times a scale, columns in Q8_0 ----
 
+// The processor multiplies unsigned bytes with signed ones. Where it does so in one operation weights are raised to
+// unsigned ones, and the columns know the sum of their own bytes, so many times taken off again; else the weights give
+// their signs to the columns.
+#if VNNI
+enum { RAISED_q8_0 = 128, RAISED_q5_0 = 16, RAISED_q4_0 = 8 };
+INLINE __m256i bytes_q8_0(const block_q8_0 *x) {
+    return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)x->qs), _mm256_set1_epi8((char)128));
+}
+INLINE __m256i bytes_q5_0(const block_q5_0 *x) {
+    return _mm256_or_si256(nibbles(x->qs), _mm256_and_si256(bits(x->qh), _mm256_set1_epi8(16)));
+}
+INLINE __m256i bytes_q4_0(const block_q4_0 *x) { return nibbles(x->qs); }
+#else
+enum { RAISED_q8_0, RAISED_q5_0, RAISED_q4_0 };
 INLINE __m256i bytes_q8_0(const block_q8_0 *x) { return _mm256_loadu_si256((const __m256i *)x->qs); }
 INLINE __m256i bytes_q5_0(const block_q5_0 *x) {  // bit 5 says that it is not negative
     return _mm256_or_si256(nibbles(x->qs), _mm256_andnot_si256(bits(x->qh), _mm256_set1_epi8((char)0xF0)));
 }
 INLINE __m256i bytes_q4_0(const block_q4_0 *x) { return _mm256_sub_epi8(nibbles(x->qs), _mm256_set1_epi8(8)); }
+#endif
 
-// What tiles of signed bytes read of up to COLUMNS columns, block by block. Scales of those that are not there are
-// zero: leftovers could be denormal, and slow.
+// What these tiles read of up to COLUMNS columns, block by block. Scales of those that are not there are zero:
+// leftovers could be denormal, and slow.
 typedef struct {
     float scales[COLUMNS];
+    int8_t bytes[COLUMNS][BLOCK];
 #if VNNI
-    uint8_t raised[COLUMNS][BLOCK];  // the columns' own bytes and 128
+    int32_t less[COLUMNS][BLOCK / 4];  // four bytes' sum times what the weights are raised by, negative
 #endif
 } columns_q8_0;
 enum { PREPARED_Q8_0 = sizeof(columns_q8_0) / sizeof(float) };
 
-static void prepare_q8_0(const job *w, int n, float *to) {
+INLINE void prepare_signed(const job *w, int n, float *to, int raised) {
+    (void)raised;
     for (int64_t k = 0; k < w->k; k++) {
         columns_q8_0 *prepared = (columns_q8_0 *)to + k;
-        for (int j = 0; j < COLUMNS; j++) {
+        for (int j = 0; j < COLUMNS; j++) prepared->scales[j] = 0.0f;
+        for (int j = 0; j < n; j++) {
             const block_q8_0 *column = (const block_q8_0 *)(w->b + j * w->b_bytes) + k;
-            prepared->scales[j] = j < n ? half(column->d) : 0.0f;
+            const __m256i y = _mm256_loadu_si256((const __m256i *)column->qs);
+            prepared->scales[j] = half(column->d);
+            _mm256_store_si256((__m256i *)prepared->bytes[j], y);
 #if VNNI
-            if (j < n)
-                for (int i = 0; i < BLOCK; i++) prepared->raised[j][i] = (uint8_t)(column->qs[i] + 128);
+            const __m256i zero = _mm256_setzero_si256(), sums = add_dot_bytes(zero, _mm256_set1_epi8((char)raised), y);
+            _mm256_store_si256((__m256i *)prepared->less[j], _mm256_sub_epi32(zero, sums));
 #endif
         }
     }
 }
+static void prepare_for_q8_0(const job *w, int n, float *to) { prepare_signed(w, n, to, RAISED_q8_0); }
+static void prepare_for_q5_0(const job *w, int n, float *to) { prepare_signed(w, n, to, RAISED_q5_0); }
+static void prepare_for_q4_0(const job *w, int n, float *to) { prepare_signed(w, n, to, RAISED_q4_0); }
 
-// Sums of four products each of a block's signed bytes with those of column j. The processor multiplies unsigned bytes
-// with signed ones: either columns are raised by 128 and `rest` takes 128 times the weights off again, or `rest` is the
-// weights without their signs, which the columns get.
+// Sums of four products each of a block's bytes with those of column j.
+INLINE __m256 dot_column(__m256i x, const columns_q8_0 *prepared, int j) {
+    const __m256i y = _mm256_load_si256((const __m256i *)prepared->bytes[j]);
 #if VNNI
-INLINE __m256i rest_of(__m256i x) {
-    const __m256i zero = _mm256_setzero_si256();
-    return _mm256_sub_epi32(zero, add_dot_bytes(zero, _mm256_set1_epi8((char)128), x));
-}
-INLINE __m256 dot_signed(__m256i x, __m256i rest, const columns_q8_0 *prepared, const block_q8_0 *column, int j) {
-    (void)column;
-    return _mm256_cvtepi32_ps(add_dot_bytes(rest, _mm256_load_si256((const __m256i *)prepared->raised[j]), x));
-}
+    return _mm256_cvtepi32_ps(add_dot_bytes(_mm256_load_si256((const __m256i *)prepared->less[j]), x, y));
 #else
-INLINE __m256i rest_of(__m256i x) { return _mm256_abs_epi8(x); }
-INLINE __m256 dot_signed(__m256i x, __m256i rest, const columns_q8_0 *prepared, const block_q8_0 *column, int j) {
-    (void)prepared, (void)j;
-    return dot_bytes(rest, _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *)column->qs), x));
-}
+    return dot_bytes(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
 #endif
+}
 
-#define SIGNED_TILE(TYPE)                                                                                         \
-    INLINE void tile_##TYPE(const job *w, const int n) {                                                          \
-        const int64_t length = w->k;                                                                              \
-        for (int64_t i = w->lo; i < w->hi; i++) {                                                                 \
-            const block_##TYPE *row = (const block_##TYPE *)(w->a + i * w->a_bytes);                              \
-            __m256 sums[COLUMNS];                                                                                 \
-            for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps();                                            \
-            for (int64_t k = 0; k < length; k++) {                                                                \
-                prefetch(row + k);                                                                                \
-                const columns_q8_0 *prepared = (const columns_q8_0 *)w->prepared + k;                             \
-                const __m256i x = bytes_##TYPE(row + k), rest = rest_of(x);                                       \
-                const __m256 d = _mm256_mul_ps(_mm256_set1_ps(half(row[k].d)), _mm256_load_ps(prepared->scales)); \
-                for (int j = 0; j < n; j++) {                                                                     \
-                    const block_q8_0 *column = (const block_q8_0 *)(w->b + j * w->b_bytes) + k;                   \
-                    sums[j] = _mm256_fmadd_ps(spread(d, j), dot_signed(x, rest, prepared, column, j), sums[j]);   \
-                }                                                                                                 \
-            }                                                                                                     \
-            for (int j = 0; j < n; j++) w->c[j * w->ldc + i] = sum_8(sums[j]);                                    \
-        }                                                                                                         \
+#define SIGNED_TILE(TYPE)                                                                                      \
+    INLINE void tile_##TYPE(const job *w, const int n) {                                                       \
+        const int64_t length = w->k;                                                                           \
+        for (int64_t i = w->lo; i < w->hi; i++) {                                                              \
+            const block_##TYPE *row = (const block_##TYPE *)(w->a + i * w->a_bytes);                           \
+            const columns_q8_0 *columns = (const columns_q8_0 *)w->prepared;                                   \
+            __m256 sums[COLUMNS];                                                                              \
+            for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps();                                         \
+            for (int64_t k = 0; k < length; k++) {                                                             \
+                prefetch(row + k);                                                                             \
+                const __m256i x = bytes_##TYPE(row + k);                                                       \
+                const __m256 scales = scales_of(half(row[k].d), columns[k].scales, n);                         \
+                for (int j = 0; j < n; j++)                                                                    \
+                    sums[j] = _mm256_fmadd_ps(scale_of(scales, j, n), dot_column(x, columns + k, j), sums[j]); \
+            }                                                                                                  \
+            for (int j = 0; j < n; j++) w->c[j * w->ldc + i] = sum_8(sums[j]);                                 \
+        }                                                                                                      \
     }
 SIGNED_TILE(q8_0)
 SIGNED_TILE(q5_0)
@@ -158,40 +179,48 @@ INLINE __m256i bytes_q5_1(const block_q5_1 *x) {
 }
 INLINE __m256i bytes_q4_1(const block_q4_1 *x) { return nibbles(x->qs); }
 
-// Scales and sums of up to COLUMNS columns, block by block.
+// What these tiles read of up to COLUMNS columns, block by block.
+typedef struct {
+    float scales[COLUMNS], sums[COLUMNS];
+    int8_t bytes[COLUMNS][BLOCK];
+} columns_q8_1;
+enum { PREPARED_Q8_1 = sizeof(columns_q8_1) / sizeof(float) };
+
 static void prepare_q8_1(const job *w, int n, float *to) {
-    for (int64_t k = 0; k < w->k; k++)
-        for (int j = 0; j < COLUMNS; j++) {
+    for (int64_t k = 0; k < w->k; k++) {
+        columns_q8_1 *prepared = (columns_q8_1 *)to + k;
+        for (int j = 0; j < COLUMNS; j++) prepared->scales[j] = prepared->sums[j] = 0.0f;
+        for (int j = 0; j < n; j++) {
             const block_q8_1 *column = (const block_q8_1 *)(w->b + j * w->b_bytes) + k;
-            to[2 * COLUMNS * k + j] = j < n ? half(column->d) : 0.0f;
-            to[2 * COLUMNS * k + COLUMNS + j] = j < n ? half(column->s) : 0.0f;
+            prepared->scales[j] = half(column->d);
+            prepared->sums[j] = half(column->s);
+            memcpy(prepared->bytes[j], column->qs, BLOCK);
         }
+    }
 }
 
-#define MINIMUM_TILE(TYPE)                                                                                           \
-    INLINE void tile_##TYPE(const job *w, const int n) {                                                             \
-        const int64_t length = w->k;                                                                                 \
-        for (int64_t i = w->lo; i < w->hi; i++) {                                                                    \
-            const block_##TYPE *row = (const block_##TYPE *)(w->a + i * w->a_bytes);                                 \
-            __m256 sums[COLUMNS], minimums = _mm256_setzero_ps();                                                    \
-            for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps();                                               \
-            for (int64_t k = 0; k < length; k++) {                                                                   \
-                prefetch(row + k);                                                                                   \
-                const float *of_columns = w->prepared + 2 * COLUMNS * k;                                             \
-                const __m256i x = bytes_##TYPE(row + k);                                                             \
-                const __m256 d = _mm256_mul_ps(_mm256_set1_ps(half(row[k].d)), _mm256_load_ps(of_columns));          \
-                minimums =                                                                                           \
-                    _mm256_fmadd_ps(_mm256_set1_ps(half(row[k].m)), _mm256_load_ps(of_columns + COLUMNS), minimums); \
-                for (int j = 0; j < n; j++) {                                                                        \
-                    const block_q8_1 *column = (const block_q8_1 *)(w->b + j * w->b_bytes) + k;                      \
-                    const __m256i y = _mm256_loadu_si256((const __m256i *)column->qs);                               \
-                    sums[j] = _mm256_fmadd_ps(spread(d, j), dot_bytes(x, y), sums[j]);                               \
-                }                                                                                                    \
-            }                                                                                                        \
-            float of_minimums[COLUMNS];                                                                              \
-            _mm256_storeu_ps(of_minimums, minimums);                                                                 \
-            for (int j = 0; j < n; j++) w->c[j * w->ldc + i] = sum_8(sums[j]) + of_minimums[j];                      \
-        }                                                                                                            \
+#define MINIMUM_TILE(TYPE)                                                                                             \
+    INLINE void tile_##TYPE(const job *w, const int n) {                                                               \
+        const int64_t length = w->k;                                                                                   \
+        for (int64_t i = w->lo; i < w->hi; i++) {                                                                      \
+            const block_##TYPE *row = (const block_##TYPE *)(w->a + i * w->a_bytes);                                   \
+            const columns_q8_1 *columns = (const columns_q8_1 *)w->prepared;                                           \
+            __m256 sums[COLUMNS], minimums = _mm256_setzero_ps();                                                      \
+            for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps();                                                 \
+            for (int64_t k = 0; k < length; k++) {                                                                     \
+                prefetch(row + k);                                                                                     \
+                const __m256i x = bytes_##TYPE(row + k);                                                               \
+                const __m256 scales = scales_of(half(row[k].d), columns[k].scales, n);                                 \
+                minimums = _mm256_fmadd_ps(_mm256_set1_ps(half(row[k].m)), _mm256_load_ps(columns[k].sums), minimums); \
+                for (int j = 0; j < n; j++) {                                                                          \
+                    const __m256i y = _mm256_load_si256((const __m256i *)columns[k].bytes[j]);                         \
+                    sums[j] = _mm256_fmadd_ps(scale_of(scales, j, n), dot_bytes(x, y), sums[j]);                       \
+                }                                                                                                      \
+            }                                                                                                          \
+            float of_minimums[COLUMNS];                                                                                \
+            _mm256_storeu_ps(of_minimums, minimums);                                                                   \
+            for (int j = 0; j < n; j++) w->c[j * w->ldc + i] = sum_8(sums[j]) + of_minimums[j];                        \
+        }                                                                                                              \
     }
 MINIMUM_TILE(q5_1)
 MINIMUM_TILE(q4_1)

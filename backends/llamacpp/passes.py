@@ -268,7 +268,10 @@ def _plain(header: Header, facts: DrafterFacts) -> bool:
 
 
 def _plain_target(header: Header) -> bool:
-    """Whether embedding and output head are to be used as they are: some families scale either, or cap the logits."""
+    """Whether embedding and output head are all in this file, and to be used as they are: some families scale either, or cap
+    the logits."""
+    if int(header.metadata.get("split.count", 1)) > 1:
+        return False
     scaled = ("embedding_scale", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")
     return not header.architecture.startswith(("gemma", "minicpm")) and not any(map(header.of_model, scaled))
 

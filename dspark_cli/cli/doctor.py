@@ -78,8 +78,8 @@ def machine() -> dict[str, Any]:
 
 
 def llamacpp() -> dict[str, Any]:
-    """Devices libllama sees, exports it lacks, and the formats whose products on the CPU are ours (docs/cpu.md)."""
-    from dspark_cli.kernels import cpu_kernels
+    """Devices libllama sees, exports it lacks, and what our own kernels compute on the CPU (docs/cpu.md)."""
+    from dspark_cli.kernels import cpu_drafter, cpu_kernels
 
     try:
         from dspark_cli.backends.llamacpp.native import check_exports, devices
@@ -87,7 +87,7 @@ def llamacpp() -> dict[str, Any]:
         found = {"missing_exports": check_exports(), "devices": devices(), "llamacpp_error": None}
     except (ImportError, OSError, RuntimeError) as error:
         found = {"missing_exports": [], "devices": [], "llamacpp_error": str(error)}
-    return found | {"cpu_kernels": asdict(cpu_kernels.state())}
+    return found | {"cpu_kernels": {**asdict(cpu_kernels.state()), "drafter_problem": cpu_drafter.unfit()}}
 
 
 def torch() -> dict[str, Any]:
@@ -327,7 +327,10 @@ def _print(facts: dict[str, Any]) -> None:
         missing = facts["missing_exports"]
         echo(f"exports    {'all there' if not missing else 'missing: ' + ', '.join(missing)}")
         kernels = facts["cpu_kernels"]
-        ours = f"dspark's own on the CPU for {' '.join(kernels['types'])}"
+        drafts = (
+            "drafters by libllama: " + kernels["drafter_problem"] if kernels["drafter_problem"] else "and for drafters"
+        )
+        ours = f"dspark's own on the CPU for {' '.join(kernels['types'])}, {drafts}"
         echo(f"kernels    {ours if kernels['types'] else 'of ggml on the CPU: ' + kernels['problem']}")
     state = facts["hub"]
     words = "switched off" if state["offline"] else "reachable" if state["reachable"] else "not reachable"

@@ -1,7 +1,7 @@
-"""Who runs a block drafter beside a GGUF target: libllama, or torch.
+"""Who runs a block drafter beside a GGUF target: its own backend (libllama, on a CPU our kernels), or torch.
 
-Drafter and target need not share a backend: features cross as arrays. libllama runs `dflash` GGUF files only, torch runs
-those and checkpoint folders (gated and RNN heads, Eagle3, Gemma4-style blocks). Which is cheaper differs by machine and by
+Drafter and target need not share a backend: features cross as arrays. llama.cpp's backend runs `dflash` GGUF files only, torch
+runs those and checkpoint folders (gated and RNN heads, Eagle3, Gemma4-style blocks). Which is cheaper differs by machine and by
 the number of sequences (libllama's Markov chain costs the same for each, torch's hardly more for eight than for one), so both
 are timed once and the answer is kept: by `dspark calibrate` for one sequence, by the first session of several for that many.
 """
