@@ -25,7 +25,7 @@ typedef struct { float d; int8_t qs[SUPER]; int16_t sums[SUPER / 16]; } block_q8
 // Columns of a tile: what the registers hold.
 enum { COLUMNS = 8 };
 // Bytes: a row is asked for before it is read. A short row ends before the processor's own prefetcher has found it.
-enum { AHEAD = 512 };
+enum { AHEAD = 512, AHEAD_ROWS = 4 };
 
 INLINE float half(uint16_t h) { return _cvtsh_ss(h); }
 
@@ -87,52 +87,66 @@ INLINE __m256i bits(const uint8_t *qh) {
 
 // ---- Q8_0, Q5_0, Q4_0: signed bytes times a scale, columns in Q8_0 ----
 
-// The processor multiplies unsigned bytes with signed ones. Where it does so in one operation weights are raised to
-// unsigned ones, and the columns know the sum of their own bytes, so many times taken off again; else the weights give
-// their signs to the columns.
+// The processor multiplies unsigned bytes with signed ones. Where it does so in one operation, one side is raised until
+// it is unsigned, and so many times the sum of the other side's bytes is taken off: weights of four and five bits are
+// raised, as they are stored, and columns know their sums; to weights of eight bits raised columns are quicker. Else
+// the weights give their signs to the columns.
 #if VNNI
-enum { RAISED_q8_0 = 128, RAISED_q5_0 = 16, RAISED_q4_0 = 8 };
-INLINE __m256i bytes_q8_0(const block_q8_0 *x) {
-    return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)x->qs), _mm256_set1_epi8((char)128));
-}
+enum { RAISED_q8_0 = 0, RAISED_q5_0 = 16, RAISED_q4_0 = 8, RAISED_COLUMNS = 128 };
 INLINE __m256i bytes_q5_0(const block_q5_0 *x) {
     return _mm256_or_si256(nibbles(x->qs), _mm256_and_si256(bits(x->qh), _mm256_set1_epi8(16)));
 }
 INLINE __m256i bytes_q4_0(const block_q4_0 *x) { return nibbles(x->qs); }
 #else
 enum { RAISED_q8_0, RAISED_q5_0, RAISED_q4_0 };
-INLINE __m256i bytes_q8_0(const block_q8_0 *x) { return _mm256_loadu_si256((const __m256i *)x->qs); }
 INLINE __m256i bytes_q5_0(const block_q5_0 *x) {  // bit 5 says that it is not negative
     return _mm256_or_si256(nibbles(x->qs), _mm256_andnot_si256(bits(x->qh), _mm256_set1_epi8((char)0xF0)));
 }
 INLINE __m256i bytes_q4_0(const block_q4_0 *x) { return _mm256_sub_epi8(nibbles(x->qs), _mm256_set1_epi8(8)); }
 #endif
+INLINE __m256i bytes_q8_0(const block_q8_0 *x) { return _mm256_loadu_si256((const __m256i *)x->qs); }
 
-// What these tiles read of up to COLUMNS columns, block by block. Scales of those that are not there are zero:
-// leftovers could be denormal, and slow.
+// What these tiles read of n columns: block by block the scales (COLUMNS of them, zero where there is no column:
+// leftovers could be denormal, and slow), then the n columns' bytes. Without gaps, so that a row of weights takes up
+// few lines of cache beside them: with gaps reading the weights took twice as long.
 typedef struct {
-    float scales[COLUMNS];
-    int8_t bytes[COLUMNS][BLOCK];
+    int8_t bytes[BLOCK];
 #if VNNI
-    int32_t less[COLUMNS][BLOCK / 4];  // four bytes' sum times what the weights are raised by, negative
+    int32_t less[BLOCK / 4];  // four bytes' sum times what weights are raised by, negative
 #endif
-} columns_q8_0;
-enum { PREPARED_Q8_0 = sizeof(columns_q8_0) / sizeof(float) };
+} column_q8_0;
+enum { SCALES_BYTES = COLUMNS * sizeof(float) };
+enum { PREPARED_Q8_0 = (SCALES_BYTES + COLUMNS * sizeof(column_q8_0)) / sizeof(float) };
 
-INLINE void prepare_signed(const job *w, int n, float *to, int raised) {
-    (void)raised;
+INLINE const char *block_of_columns(const float *prepared, int64_t k, const int n) {
+    return (const char *)prepared + k * (SCALES_BYTES + n * sizeof(column_q8_0));
+}
+
+#if VNNI
+// Minus the sums of four bytes each, so many times.
+INLINE __m256i less_of(__m256i x, int times) {
+    const __m256i zero = _mm256_setzero_si256();
+    return _mm256_sub_epi32(zero, add_dot_bytes(zero, _mm256_set1_epi8((char)times), x));
+}
+#endif
+
+INLINE void prepare_signed(const job *w, int n, float *to, const int raised) {
     for (int64_t k = 0; k < w->k; k++) {
-        columns_q8_0 *prepared = (columns_q8_0 *)to + k;
-        for (int j = 0; j < COLUMNS; j++) prepared->scales[j] = 0.0f;
+        float *scales = (float *)block_of_columns(to, k, n);
+        column_q8_0 *columns = (column_q8_0 *)(scales + COLUMNS);
+        for (int j = 0; j < COLUMNS; j++) scales[j] = 0.0f;
         for (int j = 0; j < n; j++) {
             const block_q8_0 *column = (const block_q8_0 *)(w->b + j * w->b_bytes) + k;
-            const __m256i y = _mm256_loadu_si256((const __m256i *)column->qs);
-            prepared->scales[j] = half(column->d);
-            _mm256_store_si256((__m256i *)prepared->bytes[j], y);
+            __m256i y = _mm256_loadu_si256((const __m256i *)column->qs);
+            scales[j] = half(column->d);
 #if VNNI
-            const __m256i zero = _mm256_setzero_si256(), sums = add_dot_bytes(zero, _mm256_set1_epi8((char)raised), y);
-            _mm256_store_si256((__m256i *)prepared->less[j], _mm256_sub_epi32(zero, sums));
+            if (raised) {
+                _mm256_store_si256((__m256i *)columns[j].less, less_of(y, raised));
+            } else {
+                y = _mm256_xor_si256(y, _mm256_set1_epi8((char)RAISED_COLUMNS));
+            }
 #endif
+            _mm256_store_si256((__m256i *)columns[j].bytes, y);
         }
     }
 }
@@ -140,33 +154,42 @@ static void prepare_for_q8_0(const job *w, int n, float *to) { prepare_signed(w,
 static void prepare_for_q5_0(const job *w, int n, float *to) { prepare_signed(w, n, to, RAISED_q5_0); }
 static void prepare_for_q4_0(const job *w, int n, float *to) { prepare_signed(w, n, to, RAISED_q4_0); }
 
-// Sums of four products each of a block's bytes with those of column j.
-INLINE __m256 dot_column(__m256i x, const columns_q8_0 *prepared, int j) {
-    const __m256i y = _mm256_load_si256((const __m256i *)prepared->bytes[j]);
+// Sums of four products each of a block's bytes with those of a column. rest: `rest_of` the block.
 #if VNNI
-    return _mm256_cvtepi32_ps(add_dot_bytes(_mm256_load_si256((const __m256i *)prepared->less[j]), x, y));
-#else
-    return dot_bytes(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
-#endif
+INLINE __m256i rest_of(__m256i x, const int raised) { return raised ? x : less_of(x, RAISED_COLUMNS); }
+INLINE __m256 dot_column(__m256i x, __m256i rest, const column_q8_0 *column, const int raised) {
+    const __m256i y = _mm256_load_si256((const __m256i *)column->bytes);
+    return _mm256_cvtepi32_ps(raised ? add_dot_bytes(_mm256_load_si256((const __m256i *)column->less), x, y)
+                                     : add_dot_bytes(rest, y, x));
 }
+#else
+INLINE __m256i rest_of(__m256i x, const int raised) { return (void)raised, _mm256_abs_epi8(x); }
+INLINE __m256 dot_column(__m256i x, __m256i rest, const column_q8_0 *column, const int raised) {
+    (void)raised;
+    return dot_bytes(rest, _mm256_sign_epi8(_mm256_load_si256((const __m256i *)column->bytes), x));
+}
+#endif
 
-#define SIGNED_TILE(TYPE)                                                                                      \
-    INLINE void tile_##TYPE(const job *w, const int n) {                                                       \
-        const int64_t length = w->k;                                                                           \
-        for (int64_t i = w->lo; i < w->hi; i++) {                                                              \
-            const block_##TYPE *row = (const block_##TYPE *)(w->a + i * w->a_bytes);                           \
-            const columns_q8_0 *columns = (const columns_q8_0 *)w->prepared;                                   \
-            __m256 sums[COLUMNS];                                                                              \
-            for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps();                                         \
-            for (int64_t k = 0; k < length; k++) {                                                             \
-                prefetch(row + k);                                                                             \
-                const __m256i x = bytes_##TYPE(row + k);                                                       \
-                const __m256 scales = scales_of(half(row[k].d), columns[k].scales, n);                         \
-                for (int j = 0; j < n; j++)                                                                    \
-                    sums[j] = _mm256_fmadd_ps(scale_of(scales, j, n), dot_column(x, columns + k, j), sums[j]); \
-            }                                                                                                  \
-            for (int j = 0; j < n; j++) w->c[j * w->ldc + i] = sum_8(sums[j]);                                 \
-        }                                                                                                      \
+#define SIGNED_TILE(TYPE)                                                                     \
+    INLINE void tile_##TYPE(const job *w, const int n) {                                      \
+        const int64_t length = w->k;                                                          \
+        for (int64_t i = w->lo; i < w->hi; i++) {                                             \
+            const block_##TYPE *row = (const block_##TYPE *)(w->a + i * w->a_bytes);          \
+            __m256 sums[COLUMNS];                                                             \
+            for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps();                        \
+            for (int64_t k = 0; k < length; k++) {                                            \
+                prefetch(row + k);                                                            \
+                const float *of_columns = (const float *)block_of_columns(w->prepared, k, n); \
+                const column_q8_0 *columns = (const column_q8_0 *)(of_columns + COLUMNS);     \
+                const __m256i x = bytes_##TYPE(row + k), rest = rest_of(x, RAISED_##TYPE);    \
+                const __m256 scales = scales_of(half(row[k].d), of_columns, n);               \
+                for (int j = 0; j < n; j++) {                                                 \
+                    const __m256 dot = dot_column(x, rest, columns + j, RAISED_##TYPE);       \
+                    sums[j] = _mm256_fmadd_ps(scale_of(scales, j, n), dot, sums[j]);          \
+                }                                                                             \
+            }                                                                                 \
+            for (int j = 0; j < n; j++) w->c[j * w->ldc + i] = sum_8(sums[j]);                \
+        }                                                                                     \
     }
 SIGNED_TILE(q8_0)
 SIGNED_TILE(q5_0)
@@ -429,9 +452,14 @@ static __attribute__((noinline)) void add_rest(const uint16_t *row, const float 
 INLINE void tile_floats(const job *w, const bool is_half, const int n) {
     const float *columns = is_half ? w->prepared : (const float *)w->b;
     const int64_t apart = is_half ? w->k : (int64_t)(w->b_bytes / sizeof(float));
-    const int64_t length = w->k;
+    const int64_t length = w->k, row_bytes = length * (is_half ? 2 : 4);
+    // Rows of a cache lie far apart.
+    const bool apart_rows = (int64_t)w->a_bytes > row_bytes;
     for (int64_t i = w->lo; i < w->hi; i++) {
         const char *row = w->a + i * w->a_bytes;
+        if (apart_rows && i + AHEAD_ROWS < w->hi)
+            for (int64_t at = 0; at < row_bytes && at < AHEAD; at += 64)
+                _mm_prefetch(row + AHEAD_ROWS * w->a_bytes + at, _MM_HINT_T0);
         floats sums[FLOAT_TILE][4];
         for (int j = 0; j < n; j++)
             for (int p = 0; p < 4; p++) sums[j][p] = ZERO;
