@@ -77,13 +77,18 @@ typedef struct {
     } *own;
 } drafter;
 
+// One of the threads of a parallel region: OpenMP may give fewer than it was asked for.
+typedef struct {
+    int thread, threads;
+} worker;
+
 typedef struct {
     int64_t from, to;
 } span;
 
-INLINE span share(int64_t n, int64_t thread, int64_t threads) {
-    return (span){n * thread / threads, n * (thread + 1) / threads};
-}
+INLINE worker myself(void) { return (worker){omp_get_thread_num(), omp_get_num_threads()}; }
+
+INLINE span share(int64_t n, worker me) { return (span){n * me.thread / me.threads, n * (me.thread + 1) / me.threads}; }
 
 // ---- small parts ----
 
@@ -166,12 +171,12 @@ static size_t column_bytes(const drafter *p, const matrix *w) {
 }
 
 // n columns x [n][width] as the products with `w` want them, in this thread's own place.
-static void pack(const drafter *p, int thread, const matrix *w, const float *x, int64_t n) {
+static void pack(const drafter *p, worker me, const matrix *w, const float *x, int64_t n) {
     const kernel *use = kernel_for(p, w);
     const from_float_fn convert = quantizer(use->column_type);
     const size_t bytes = column_bytes(p, w);
     for (int64_t j = 0; j < n; j++) {
-        char *to = p->own[thread].packed + j * bytes;
+        char *to = p->own[me.thread].packed + j * bytes;
         if (convert) {
             convert(x + j * w->width, to, w->width);
         } else {
@@ -181,25 +186,25 @@ static void pack(const drafter *p, int thread, const matrix *w, const float *x, 
 }
 
 // This thread's rows of `w` times the columns it packed, into [n][rows]; returns which rows.
-static span multiply(const drafter *p, int thread, const matrix *w, int64_t n, float *to) {
+static span multiply(const drafter *p, worker me, const matrix *w, int64_t n, float *to) {
     const kernel *use = kernel_for(p, w);
     const int64_t blocks = w->width / use->block;
-    const span mine = share(w->rows, thread, p->is.threads);
-    multiply_rows(use, mine.from, mine.to, n, blocks, w->data, blocks * use->a_bytes, p->own[thread].packed,
+    const span mine = share(w->rows, me);
+    multiply_rows(use, mine.from, mine.to, n, blocks, w->data, blocks * use->a_bytes, p->own[me.thread].packed,
                   column_bytes(p, w), to, w->rows);
     return mine;
 }
 
 // `w` times n columns added to the hidden states.
-static void add_product(const drafter *p, int thread, const matrix *w, const float *x, int64_t n) {
-    pack(p, thread, w, x, n);
-    const span mine = multiply(p, thread, w, n, p->branch);
+static void add_product(const drafter *p, worker me, const matrix *w, const float *x, int64_t n) {
+    pack(p, me, w, x, n);
+    const span mine = multiply(p, me, w, n, p->branch);
     for (int64_t j = 0; j < n; j++)
         for (int64_t i = mine.from; i < mine.to; i++) p->hidden[j * p->is.d + i] += p->branch[j * p->is.d + i];
 }
 
-static const float *normed(const drafter *p, int thread, const float *weight, int64_t n) {
-    float *to = p->own[thread].normed;
+static const float *normed(const drafter *p, worker me, const float *weight, int64_t n) {
+    float *to = p->own[me.thread].normed;
     for (int64_t j = 0; j < n; j++)
         normalize(p->hidden + j * p->is.d, weight, p->is.epsilon, p->is.d, to + j * p->is.d);
     return to;
@@ -212,12 +217,12 @@ INLINE int64_t cached_head(const drafter *p, int64_t at, int64_t sequence, int64
 }
 
 // One head of one block: its rows see `length` cached tokens and one another (before themselves only where causal).
-static void attend(const drafter *p, int thread, int64_t at, int64_t sequence, int64_t length, int64_t first,
+static void attend(const drafter *p, worker me, int64_t at, int64_t sequence, int64_t length, int64_t first,
                    int64_t rows, int64_t head) {
     const int64_t D = p->is.head, kv_head = head * p->is.kv_heads / p->is.heads, width = p->stride + ROWS;
     const uint16_t *keys = p->keys + cached_head(p, at, sequence, kv_head);
     const uint16_t *values = p->values + cached_head(p, at, sequence, kv_head);
-    float *scores = p->own[thread].scores;
+    float *scores = p->own[me.thread].scores;
     const float *queries[ROWS];
     for (int64_t r = 0; r < rows; r++) queries[r] = p->queries + ((first + r) * p->is.heads + head) * D;
     for (int64_t t = 0; t < length; t += LANES) {
@@ -272,20 +277,20 @@ static void store(const drafter *p, int64_t at, int64_t sequence, int64_t positi
 // ---- layers and heads ----
 
 // All rows of `blocks` blocks through one layer; block b begins after lengths[b] cached tokens.
-static void through(const drafter *p, int thread, int64_t at, int64_t blocks, int64_t rows, const int32_t *sequences,
+static void through(const drafter *p, worker me, int64_t at, int64_t blocks, int64_t rows, const int32_t *sequences,
                     const int32_t *lengths) {
     const description *is = &p->is;
     const layer *now = &is->layer[at];
     const int64_t n = blocks * rows, heads = is->heads + is->kv_heads;
-    const float *x = normed(p, thread, now->input_norm, n);
-    pack(p, thread, &now->query, x, n);
-    multiply(p, thread, &now->query, n, p->queries);
-    pack(p, thread, &now->key, x, n);
-    multiply(p, thread, &now->key, n, p->new_keys);
-    pack(p, thread, &now->value, x, n);
-    multiply(p, thread, &now->value, n, p->new_values);
+    const float *x = normed(p, me, now->input_norm, n);
+    pack(p, me, &now->query, x, n);
+    multiply(p, me, &now->query, n, p->queries);
+    pack(p, me, &now->key, x, n);
+    multiply(p, me, &now->key, n, p->new_keys);
+    pack(p, me, &now->value, x, n);
+    multiply(p, me, &now->value, n, p->new_values);
 #pragma omp barrier
-    const span turned = share(n * heads, thread, is->threads);
+    const span turned = share(n * heads, me);
     for (int64_t task = turned.from; task < turned.to; task++) {
         const int64_t j = task / heads, head = task % heads, half = is->head / 2;
         const bool query = head < is->heads;
@@ -295,40 +300,40 @@ static void through(const drafter *p, int thread, int64_t at, int64_t blocks, in
         rotate(of_head, p->cosines + j * half, p->sines + j * half, is->head);
     }
 #pragma omp barrier
-    const span mixed = share(blocks * is->heads, thread, is->threads);
+    const span mixed = share(blocks * is->heads, me);
     for (int64_t task = mixed.from; task < mixed.to; task++) {
         const int64_t b = task / is->heads;
-        attend(p, thread, at, sequences[b], lengths[b], b * rows, rows, task % is->heads);
+        attend(p, me, at, sequences[b], lengths[b], b * rows, rows, task % is->heads);
     }
 #pragma omp barrier
-    add_product(p, thread, &now->output, p->mixed, n);
+    add_product(p, me, &now->output, p->mixed, n);
 #pragma omp barrier
-    x = normed(p, thread, now->ffn_norm, n);
-    pack(p, thread, &now->gate, x, n);
-    const span mine = multiply(p, thread, &now->gate, n, p->gates);
-    pack(p, thread, &now->up, x, n);
-    multiply(p, thread, &now->up, n, p->ups);
+    x = normed(p, me, now->ffn_norm, n);
+    pack(p, me, &now->gate, x, n);
+    const span mine = multiply(p, me, &now->gate, n, p->gates);
+    pack(p, me, &now->up, x, n);
+    multiply(p, me, &now->up, n, p->ups);
     for (int64_t j = 0; j < n; j++) {
         float *gates = p->gates + j * is->ffn, *ups = p->ups + j * is->ffn;
         for (int64_t i = mine.from; i < mine.to; i++) gates[i] *= ups[i] / (1.0f + exponential(-gates[i]));
     }
 #pragma omp barrier
-    add_product(p, thread, &now->down, p->gates, n);
+    add_product(p, me, &now->down, p->gates, n);
 #pragma omp barrier
 }
 
 // Position k of all blocks: the bias of the token before is added to this thread's rows of the logits, and their best
 // is found.
-static void correct(const drafter *p, int thread, int64_t k, int64_t blocks, int64_t rows, float *logits,
+static void correct(const drafter *p, worker me, int64_t k, int64_t blocks, int64_t rows, float *logits,
                     float *confidence) {
     const description *is = &p->is;
-    const struct own *own = &p->own[thread];
-    const span mine = share(is->vocabulary.rows, thread, is->threads);
+    const struct own *own = &p->own[me.thread];
+    const span mine = share(is->vocabulary.rows, me);
     if (is->rank) {
         for (int64_t b = 0; b < blocks; b++)
             row_of(p, &is->markov_embedding, own->previous[b], own->embedded + b * is->rank);
-        pack(p, thread, &is->markov_output, own->embedded, blocks);
-        multiply(p, thread, &is->markov_output, blocks, p->biases);
+        pack(p, me, &is->markov_output, own->embedded, blocks);
+        multiply(p, me, &is->markov_output, blocks, p->biases);
     }
     for (int64_t b = 0; b < blocks; b++) {
         float *row = logits + (b * rows + k) * is->vocabulary.rows;
@@ -339,7 +344,7 @@ static void correct(const drafter *p, int thread, int64_t k, int64_t blocks, int
         for (int64_t i = mine.from; i < mine.to; i++)
             if (row[i] > best.logit) best = (struct best){row[i], i};
         own->best[k % 2][b] = best;
-        if (thread == 0 && is->confidence) {
+        if (me.thread == 0 && is->confidence) {
             const float *state = own->normed + (b * rows + k) * is->d;
             const float logit =
                 dot(state, is->confidence, is->d) + dot(own->embedded + b * is->rank, is->confidence + is->d, is->rank);
@@ -349,9 +354,9 @@ static void correct(const drafter *p, int thread, int64_t k, int64_t blocks, int
 }
 
 // The best of all threads' rows; the first of equals.
-static int64_t chosen(const drafter *p, int64_t k, int64_t b) {
+static int64_t chosen(const drafter *p, worker me, int64_t k, int64_t b) {
     struct best best = p->own[0].best[k % 2][b];
-    for (int64_t t = 1; t < p->is.threads; t++) {
+    for (int t = 1; t < me.threads; t++) {
         const struct best other = p->own[t].best[k % 2][b];
         if (other.logit > best.logit) best = other;
     }
@@ -377,8 +382,7 @@ void dspark_drafter_free(drafter *p) {
     free(p);
 }
 
-// Everything it needs besides the weights, which stay the caller's; NULL without memory, or without as many
-// threads.
+// Everything it needs besides the weights, which stay the caller's; NULL without memory.
 drafter *dspark_drafter_new(const description *is) {
     drafter *p = calloc(1, sizeof *p);
     if (!p) return NULL;
@@ -399,7 +403,7 @@ drafter *dspark_drafter_new(const description *is) {
     TAKE(p->ups, columns * is->ffn);
     TAKE(p->cosines, columns * is->head / 2);
     TAKE(p->sines, columns * is->head / 2);
-    TAKE(p->biases, is->sequences * is->vocabulary.rows);
+    TAKE(p->biases, columns * is->vocabulary.rows);
     TAKE(p->frequencies, is->head / 2);
     TAKE(p->own, is->threads);
     size_t widest = 0;
@@ -422,17 +426,13 @@ drafter *dspark_drafter_new(const description *is) {
         TAKE(own->packed, columns * widest);
         TAKE(own->normed, columns * is->d);
         TAKE(own->scores, ROWS * (p->stride + ROWS));
-        TAKE(own->embedded, is->sequences * (is->rank + 1));
-        TAKE(own->previous, is->sequences);
-        TAKE(own->best[0], is->sequences);
-        TAKE(own->best[1], is->sequences);
+        TAKE(own->embedded, columns * (is->rank + 1));
+        TAKE(own->previous, columns);
+        TAKE(own->best[0], columns);
+        TAKE(own->best[1], columns);
     }
 #undef TAKE
-    int threads = 0;
-#pragma omp parallel num_threads((int)is->threads)
-#pragma omp single
-    threads = omp_get_num_threads();
-    if (whole && threads == is->threads) {
+    if (whole) {
         const int64_t half = is->head / 2;
         for (int64_t i = 0; i < half; i++) p->frequencies[i] = pow(is->rope_base, -(double)i / (double)half);
         return p;
@@ -448,21 +448,21 @@ void dspark_drafter_take_in(drafter *p, int64_t n, const int32_t *sequences, con
     const int64_t of_layer = is->columns * is->kv_heads * is->head, half = is->head / 2;
 #pragma omp parallel num_threads((int)is->threads)
     {
-        const int thread = omp_get_thread_num();
-        const span mine = share(n, thread, is->threads);
+        const worker me = myself();
+        const span mine = share(n, me);
         for (int64_t j = mine.from; j < mine.to; j++) angles(p, j, positions[j]);
-        pack(p, thread, &is->fusion, features, n);
-        multiply(p, thread, &is->fusion, n, p->hidden);
+        pack(p, me, &is->fusion, features, n);
+        multiply(p, me, &is->fusion, n, p->hidden);
 #pragma omp barrier
-        const float *x = normed(p, thread, is->fused_norm, n);
+        const float *x = normed(p, me, is->fused_norm, n);
         for (int64_t at = 0; at < is->layers; at++) {
-            pack(p, thread, &is->layer[at].key, x, n);
-            multiply(p, thread, &is->layer[at].key, n, p->new_keys + at * of_layer);
-            pack(p, thread, &is->layer[at].value, x, n);
-            multiply(p, thread, &is->layer[at].value, n, p->new_values + at * of_layer);
+            pack(p, me, &is->layer[at].key, x, n);
+            multiply(p, me, &is->layer[at].key, n, p->new_keys + at * of_layer);
+            pack(p, me, &is->layer[at].value, x, n);
+            multiply(p, me, &is->layer[at].value, n, p->new_values + at * of_layer);
         }
 #pragma omp barrier
-        const span stored = share(is->layers * n * is->kv_heads, thread, is->threads);
+        const span stored = share(is->layers * n * is->kv_heads, me);
         for (int64_t task = stored.from; task < stored.to; task++) {
             const int64_t at = task / (n * is->kv_heads), j = task / is->kv_heads % n, head = task % is->kv_heads;
             float *key = p->new_keys + at * of_layer + (j * is->kv_heads + head) * is->head;
@@ -482,25 +482,25 @@ void dspark_drafter_draft(drafter *p, int64_t blocks, int64_t rows, const int32_
     const description *is = &p->is;
 #pragma omp parallel num_threads((int)is->threads)
     {
-        const int thread = omp_get_thread_num();
-        const struct own *own = &p->own[thread];
-        const span mine = share(blocks * rows, thread, is->threads);
+        const worker me = myself();
+        const struct own *own = &p->own[me.thread];
+        const span mine = share(blocks * rows, me);
         for (int64_t j = mine.from; j < mine.to; j++) {
             row_of(p, &is->embedding, j % rows ? mask : anchors[j / rows], p->hidden + j * is->d);
             angles(p, j, lengths[j / rows] + j % rows);
         }
 #pragma omp barrier
-        for (int64_t at = 0; at < is->layers; at++) through(p, thread, at, blocks, rows, sequences, lengths);
-        pack(p, thread, &is->vocabulary, normed(p, thread, is->output_norm, blocks * rows), blocks * rows);
-        multiply(p, thread, &is->vocabulary, blocks * rows, logits);
+        for (int64_t at = 0; at < is->layers; at++) through(p, me, at, blocks, rows, sequences, lengths);
+        pack(p, me, &is->vocabulary, normed(p, me, is->output_norm, blocks * rows), blocks * rows);
+        multiply(p, me, &is->vocabulary, blocks * rows, logits);
         for (int64_t b = 0; b < blocks; b++) own->previous[b] = anchors[b];
         for (int64_t k = 0; k < rows; k++) {
-            correct(p, thread, k, blocks, rows, logits, confidence);
+            correct(p, me, k, blocks, rows, logits, confidence);
 #pragma omp barrier
             for (int64_t b = 0; b < blocks; b++) {
-                const int64_t row = chosen(p, k, b);
+                const int64_t row = chosen(p, me, k, b);
                 own->previous[b] = is->to_target ? is->to_target[row] : row;
-                if (thread == 0) best[b * rows + k] = row;
+                if (me.thread == 0) best[b * rows + k] = row;
             }
         }
     }

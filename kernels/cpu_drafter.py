@@ -103,7 +103,7 @@ class CpuDrafter:
         library.dspark_drafter_new.restype = ctypes.c_void_p
         self._library, self._keep = library, (description, keep)
         self.columns = int(description.columns)
-        self._width = int(description.vocabulary.rows)
+        self._width, self._n_features = int(description.vocabulary.rows), int(description.fusion.width)
         self._has_confidence = bool(description.confidence)
         self._logits = np.empty((self.columns, self._width), dtype=np.float32)
         self._best = np.empty(self.columns, dtype=np.int64)
@@ -113,7 +113,12 @@ class CpuDrafter:
             raise MemoryError
 
     def take_in(self, sequences: npt.NDArray[Any], positions: npt.NDArray[Any], features: FloatArray) -> None:
-        """Features float32 [n, m*d] of tokens at `positions` [n] of `sequences` [n] into the cache; any number."""
+        """Features float32 [n, m*d] of tokens at `positions` [n] of `sequences` [n] into the cache; any number.
+
+        Raises ValueError for features of another shape.
+        """
+        if features.shape != (len(positions), self._n_features):
+            raise ValueError(f"features of shape {features.shape}, not ({len(positions)}, {self._n_features})")
         sequences, positions = _ints(sequences), _ints(positions)
         features = np.ascontiguousarray(features, dtype=np.float32)
         for begin in range(0, len(positions), self.columns):
@@ -160,8 +165,9 @@ def unfit() -> str | None:
 
 
 def probable(kv_type: str) -> bool:
-    """Whether a drafter will probably run here, before libllama is loaded: for the memory plan."""
-    return cpu_kernels.complete() and kv_type in KV_TYPES
+    """Whether a drafter will probably run here, even before libllama is loaded: for the memory plan."""
+    started = cpu_kernels.state().problem != cpu_kernels.NOT_LOADED
+    return kv_type in KV_TYPES and (unfit() is None if started else cpu_kernels.complete())
 
 
 def fits(matrix: Matrix) -> bool:

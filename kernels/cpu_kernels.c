@@ -41,8 +41,9 @@ typedef bool (*product_fn)(const compute_params *, int64_t m, int64_t n, int64_t
                            const void *b, int64_t ldb, void *c, int64_t ldc, int a_type, int b_type, int c_type);
 
 enum { TYPES = 64 };
-// Floats a thread: columns as floats, or their scales. Half of a usual second-level cache.
-enum { SCRATCH = 128 * 1024 };
+// Floats a thread: columns prepared for the tiles. At once as many as half of a usual second-level cache holds; one
+// tile of very long rows (60,000 weights) may take twice that.
+enum { SCRATCH = 256 * 1024, AT_ONCE = SCRATCH / 2 };
 // Of rows that more columns than a tile pass over before the next rows: half of a first-level cache.
 enum { ROW_BYTES = 16 * 1024 };
 // Columns of passes that verify. Wider ones are prompts: there ggml is as quick for F16, F32 and the K types.
@@ -73,7 +74,8 @@ enum { KERNELS = sizeof kernels / sizeof kernels[0] };
 // passes.
 void multiply_rows(const kernel *use, int64_t lo, int64_t hi, int64_t n, int64_t k, const char *a, size_t a_bytes,
                    const char *b, size_t b_bytes, float *c, int64_t ldc) {
-    const int64_t floats = use->floats * k, group = floats ? SCRATCH / floats * use->tile : n;
+    const int64_t floats = use->floats * k, tiles_at_once = floats ? AT_ONCE / floats : n;
+    const int64_t group = (tiles_at_once > 1 ? tiles_at_once : 1) * use->tile;
     for (int64_t first = 0; first < n; first += group) {
         const int64_t end = n < first + group ? n : first + group;
         const int64_t tiles = (end - first + use->tile - 1) / use->tile;

@@ -43,7 +43,7 @@ told: list[str] = []
 
 
 def target(n_seq: int) -> Any:
-    info = SimpleNamespace(n_seq=n_seq, details={"kernels": "ggml"}, n_vocab=1000, n_embd=100)
+    info = SimpleNamespace(n_seq=n_seq, details={"kernels": "ggml", "kv_type": "f16"}, n_vocab=1000, n_embd=100)
     return SimpleNamespace(info=info, context=SimpleNamespace(threads=2))
 
 

@@ -59,16 +59,6 @@ _EXPORTS: dict[str, tuple[str, list[Any], Any]] = {
         None,
     ),
     "llama_get_embeddings_nextn": ("_Z26llama_get_embeddings_nextnP13llama_context", [_CTX], _FLOATS),
-    "llama_model_target_layer_ids": (
-        "_Z28llama_model_target_layer_idsPK11llama_model",
-        [_MODEL],
-        ctypes.POINTER(ctypes.c_int32),
-    ),
-    "llama_model_target_layer_ids_n": (
-        "_Z30llama_model_target_layer_ids_nPK11llama_model",
-        [_MODEL],
-        ctypes.c_uint32,
-    ),
 }
 
 
@@ -237,13 +227,6 @@ def rows_at(pointer: Any, n_rows: int, width: int) -> FloatArray:
     return view
 
 
-def layer_ids(model: Any) -> tuple[int, ...]:
-    """Target layers a dflash drafter reads, as decoder layers (libllama counts layer *inputs*: one more)."""
-    count = export("llama_model_target_layer_ids_n")(model)
-    ids = export("llama_model_target_layer_ids")(model)
-    return tuple(int(ids[i]) - 1 for i in range(count))
-
-
 def meta(model: Any, key: str) -> str | None:
     """A metadata value of a loaded GGUF as text; None if it is absent."""
     size = lib.llama_model_meta_val_str(model, key.encode(), None, 0)
@@ -263,4 +246,4 @@ def as_int32(tokens: Any) -> IntArray:
     return np.asarray(tokens, dtype=np.int32)  # type: ignore[return-value]
 
 
-__all__ = ["Batch", "NativeLog", "check_exports", "export", "layer_ids", "lib", "llama_cpp", "meta", "rows_at", "start"]
+__all__ = ["Batch", "NativeLog", "check_exports", "export", "lib", "llama_cpp", "meta", "rows_at", "start"]

@@ -221,7 +221,8 @@ def by_kernels(
 
     def make() -> KernelPass:
         try:
-            return KernelPass(description, (drafter, theirs), n_ctx, n_vocab, d2t)
+            with native.deferred_interrupts():
+                return KernelPass(description, (drafter, theirs), n_ctx, n_vocab, d2t)
         except MemoryError:
             raise out_of_memory(f"the context of {path.name}", native.start()) from None
 
@@ -241,20 +242,26 @@ _OF_LAYER = {
     "key_norm": "attn_k_norm",
     "ffn_norm": "ffn_norm",
 }
-_KNOWN = {"fc", "enc.output_norm", "output_norm", "output", "d2t", "markov_w1", "markov_w2", "conf_proj"}
+_KNOWN = {f"{name}.weight" for name in ("fc", "enc.output_norm", "output_norm", "output", "markov_w1", "markov_w2")}
+_KNOWN |= {"d2t", "conf_proj.weight", "conf_proj.bias"}
+#: what scales or caps an embedding or logits, of drafter or target
+_SCALED = ("embedding_scale", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")
+_NUMBERS = ("attention.key_length", "attention.head_count", "attention.head_count_kv", "feed_forward_length")
 
 
 def _plain(header: Header, facts: DrafterFacts) -> bool:
     """Whether cpu_drafter.c knows all that this drafter does."""
     value = header.of_model
+    if not all(isinstance(value(key, 0), int) for key in _NUMBERS):  # a list is a number a layer
+        return False
     head, heads = int(value("attention.key_length") or 0), int(value("attention.head_count") or 0)
     kv_heads = int(value("attention.head_count_kv") or heads)
     layers = range(int(value("block_count", 0)))
-    of_layers = {f"blk.{layer}.{name}" for layer in layers for name in _OF_LAYER.values()}
-    names = {name.removesuffix(".weight").removesuffix(".bias") for name in header.tensors}
+    of_layers = {f"blk.{layer}.{name}.weight" for layer in layers for name in _OF_LAYER.values()}
     return (
-        names <= _KNOWN | of_layers
-        and of_layers <= names
+        of_layers <= set(header.tensors) <= _KNOWN | of_layers
+        and not any(map(value, _SCALED))
+        and value("hidden_activation") in (None, "silu")
         and not any(key.startswith("dflash.rope.scaling") for key in header.metadata)
         and not any(value(f"attention.{key}") for key in ("sliding_window", "scale", "value_scale", "clamp_kqv"))
         and 0 < head <= cpu_drafter.MOST_HEAD
@@ -272,8 +279,7 @@ def _plain_target(header: Header) -> bool:
     the logits."""
     if int(header.metadata.get("split.count", 1)) > 1:
         return False
-    scaled = ("embedding_scale", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")
-    return not header.architecture.startswith(("gemma", "minicpm")) and not any(map(header.of_model, scaled))
+    return not header.architecture.startswith(("gemma", "minicpm")) and not any(map(header.of_model, _SCALED))
 
 
 class _File:
@@ -354,6 +360,7 @@ def _describe(drafter: _File, target: _File, facts: DrafterFacts, n_vocab: int) 
         made.confidence_bias = 0.0 if bias is None else float(read_tensor(drafter.path, bias).reshape(-1)[0])
     sound = (
         made.vocabulary.width == made.embedding.width == d
+        and (facts.mask or 0) < n_vocab
         and all(table.rows >= n_vocab and cpu_drafter.readable(table) for table in of_tokens)
         and (not facts.markov or made.markov_output.rows == made.vocabulary.rows)
         and (not facts.confidence or drafter.header.tensors["conf_proj.weight"].shape[-1] == d + made.rank)

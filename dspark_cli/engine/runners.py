@@ -30,6 +30,7 @@ from dspark_cli.backends.llamacpp.model import DRAFTER_ARCHITECTURE
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.backends.machine import installed, processor
 from dspark_cli.engine.profile import SEVERAL, TAKEN_IN, Notice, budget_s, file_facts
+from dspark_cli.kernels import cpu_drafter
 
 RUNNERS = ("auto", "llamacpp", "torch")
 BETTER = 0.9  # of the other's time: torch takes a second to import, and must be worth it
@@ -212,5 +213,6 @@ def _place(path: Path, target: LlamaCppTarget) -> Path:
 
 def _key(path: Path, target: LlamaCppTarget) -> Sequence[object]:
     libraries = [installed(name) for name in ("torch", "llama-cpp-python")]
-    kernels = target.info.details["kernels"]  # which may run the drafter in libllama's place
+    # Our kernels run the drafter in libllama's place where they can.
+    kernels = [target.info.details[word] for word in ("kernels", "kv_type")] + [cpu_drafter.unfit()]
     return [processor(), os.cpu_count(), libraries, kernels, target.context.threads, file_facts(path)]

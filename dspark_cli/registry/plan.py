@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from dspark_cli.backends.llamacpp.attention import FEW_SEQUENCES, flash_word, score_bytes, ubatch_rows
+from dspark_cli.backends.machine import usable_cores
 from dspark_cli.kernels import cpu_drafter
 
 GIB = 1024**3
@@ -313,10 +314,13 @@ def drafter_need(
 
 
 def _kernels_need(drafter: DrafterSize, device: Device, ctx: int, options: PlanOptions) -> Need:
-    """The same where our own kernels run it: keys and values in F16, no scores or buffers for whole prompts."""
+    """The same where our own kernels run it: keys and values in F16, scores of a block's rows for each thread, and no buffers
+    for whole prompts."""
+    cached = ctx + drafter.width
     return Need(
         weights=drafter.weights,
-        kv=int(drafter.kv_values * (ctx + drafter.width) * options.n_seq * KV_BYTES["f16"]),
+        kv=int(drafter.kv_values * cached * options.n_seq * KV_BYTES["f16"]),
+        scores=4 * drafter.width * cached * usable_cores(),
         compute=_compute(drafter.n_embd, drafter.n_ff, drafter.n_vocab, device, cpu_drafter.COLUMNS, drafter.width),
         features=4 * min(ubatch_rows("off"), ctx) * drafter.features,  # as they are handed over
         overhead=_overhead(drafter.n_vocab),

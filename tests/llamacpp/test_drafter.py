@@ -25,14 +25,15 @@ from tests_support import whole_row
 
 pytestmark = pytest.mark.usefixtures("computed_by")
 
-#: of confidences and of logits that are computed in F32; our kernels keep keys and values in F16
+PASSES = {"libllama": LibllamaPass, "kernels": KernelPass}
+#: how close confidences and logits are to those computed in F32: our kernels keep keys and values in F16
 CLOSE = {"libllama": (1e-4, 1e-3), "kernels": (5e-4, 1e-2)}
 
 
 def test_who_computes(target: LlamaCppTarget, known: Path, random: Path, reduced: Path, computed_by: str) -> None:
     for path in (known, random, reduced):
         with opened(path, target) as drafter:
-            assert isinstance(drafter.passes, KernelPass if computed_by == "kernels" else LibllamaPass)
+            assert isinstance(drafter.passes, PASSES[computed_by])
 
 
 # -- what is proposed --------------------------------------------------------------------------------------------------
@@ -205,13 +206,16 @@ def test_bonus_anchor_is_skipped(target: LlamaCppTarget, folder: Path, features:
 
 
 @pytest.mark.parametrize("from_anchor", [True, False])
-def test_dflash(target: LlamaCppTarget, folder: Path, features: FloatArray, ids: list[int], from_anchor: bool) -> None:
+def test_dflash(
+    target: LlamaCppTarget, folder: Path, features: FloatArray, ids: list[int], from_anchor: bool, computed_by: str
+) -> None:
     """No Markov head: each row on its own."""
     spec = synthetic.dflash(REDUCED, from_anchor=from_anchor)
     tensors = synthetic.random_tensors(spec)
     base = synthetic.reference_base(tensors, spec, features.astype(np.float64), 1000, 6)
     with opened(synthetic.write(folder, tensors, spec, name=f"dflash-{from_anchor}.gguf"), target) as drafter:
         assert drafter.kind == "dflash"
+        assert isinstance(drafter.passes, PASSES[computed_by])
         drafter.observe(0, ids, features)
         draft = propose(drafter, 1000)
     first = 0 if from_anchor else 1
@@ -221,10 +225,11 @@ def test_dflash(target: LlamaCppTarget, folder: Path, features: FloatArray, ids:
 
 
 @pytest.mark.parametrize("quant", ["F16", "BF16", "Q8_0", "Q4_0"])
-def test_formats_load_and_draft(target: LlamaCppTarget, folder: Path, quant: str) -> None:
+def test_formats_load_and_draft(target: LlamaCppTarget, folder: Path, quant: str, computed_by: str) -> None:
     path = synthetic.write(folder, synthetic.known_tensors(), quant=quant, name=f"known-{quant}.gguf")
     with opened(path, target) as drafter:
         assert drafter.model.format == quant
+        assert isinstance(drafter.passes, LibllamaPass if quant == "BF16" else PASSES[computed_by])
         assert propose(drafter, 5).tokens.tolist() == synthetic.walk(5, 5)
 
 
@@ -255,11 +260,11 @@ def test_sequences_together_equal_each_alone(
 
 
 def test_more_sequences_than_one_pass_takes(known: Path) -> None:
-    """Eight blocks of 5 do not fit a pass of 32 tokens, and a block may not be cut in two (libllama would abort)."""
-    options = ContextOptions(ctx=64, n_seq=8, ubatch=32)
+    """14 blocks of 5 fit neither a ubatch of 32 tokens nor our kernels' 64, and a block may not be cut in two."""
+    options = ContextOptions(ctx=64, n_seq=14, ubatch=32)
     with LlamaCppTarget(synthetic.target_path(), options) as target, opened(known, target, options) as drafter:
-        drafts = drafter.propose([DraftRequest(seq, 100 + seq, 5) for seq in range(8)])
-    assert [d.tokens.tolist() for d in drafts] == [synthetic.walk(100 + seq, 5) for seq in range(8)]
+        drafts = drafter.propose([DraftRequest(seq, 100 + seq, 5) for seq in range(14)])
+    assert [d.tokens.tolist() for d in drafts] == [synthetic.walk(100 + seq, 5) for seq in range(14)]
 
 
 def test_rewind_equals_never_having_seen(

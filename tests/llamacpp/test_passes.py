@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +18,7 @@ from dspark_cli.backends.base import ContextFull, DraftRequest, FloatArray
 from dspark_cli.backends.llamacpp import passes
 from dspark_cli.backends.llamacpp.context import ContextOptions
 from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter, facts_of
-from dspark_cli.backends.llamacpp.header import Header, TensorInfo, read_header
+from dspark_cli.backends.llamacpp.header import Header, read_header
 from dspark_cli.backends.llamacpp.passes import DraftRows, KernelPass, LibllamaPass
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.backends.pairing import DrafterFacts, check_gguf
@@ -89,6 +92,47 @@ def test_threads_do_not_matter(target: LlamaCppTarget, reduced: Path, ids: list[
         assert np.array_equal(found[0].confidence, other.confidence)  # type: ignore[arg-type]
 
 
+def test_fewer_threads_than_were_asked_for(reduced: Path) -> None:
+    """OpenMP may give fewer: every row must still be computed."""
+    script = (
+        "import sys, numpy as np, synthetic\n"
+        "from drafters import OPTIONS, propose\n"
+        "from dataclasses import replace\n"
+        "from pathlib import Path\n"
+        "from dspark_cli.backends.llamacpp.drafter import LlamaCppDrafter\n"
+        "from dspark_cli.backends.llamacpp.target import LlamaCppTarget\n"
+        "options = replace(OPTIONS, threads=3)\n"
+        "target = LlamaCppTarget(synthetic.target_path(), options)\n"
+        "drafter = LlamaCppDrafter(Path(sys.argv[1]), target, options)\n"
+        "rng = np.random.default_rng(0)\n"
+        "drafter.observe(0, list(range(9)), rng.standard_normal((9, 3 * synthetic.HIDDEN)).astype(np.float32))\n"
+        "draft = propose(drafter, 1000)\n"
+        "print(type(drafter.passes).__name__, draft.tokens.tolist(), draft.confidence.tolist())\n"
+    )
+    folders = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parent.parent)))
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", script, str(reduced)],
+            env={**os.environ, "PYTHONPATH": folders, "OMP_THREAD_LIMIT": limit},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for limit in ("8", "2")
+    ]
+    assert said[0].startswith("KernelPass [")
+    assert said[0] == said[1]
+
+
+def test_features_of_another_width(target: LlamaCppTarget, reduced: Path) -> None:
+    with (
+        LlamaCppDrafter(reduced, target, OPTIONS) as drafter,
+        pytest.raises(ValueError, match=r"features of shape \(2, 7\)"),
+    ):
+        drafter.observe(0, [1, 2], np.zeros((2, 7), np.float32))
+
+
 def test_sequences_do_not_see_one_another(
     target: LlamaCppTarget, reduced: Path, ids: list[int], features: FloatArray
 ) -> None:
@@ -127,9 +171,6 @@ def test_what_is_left_to_libllama(
         assert isinstance(drafter.passes, LibllamaPass)
 
 
-NORM = TensorInfo((8,), 0, 0)
-
-
 def with_tensor(header: Header) -> Header:
     return replace(header, tensors={**header.tensors, "rope_freqs.weight": header.tensors["output_norm.weight"]})
 
@@ -147,6 +188,9 @@ def with_value(key: str, value: object) -> Callable[[Header], Header]:
         pytest.param("drafter", with_value("dflash.rope.dimension_count", 16), id="half a head turned"),
         pytest.param("drafter", with_value("dflash.attention.head_count", 3), id="heads that share nothing"),
         pytest.param("drafter", with_value("dflash.feed_forward_length", 64), id="another shape"),
+        pytest.param("drafter", with_value("dflash.feed_forward_length", [128, 128]), id="a shape for each layer"),
+        pytest.param("drafter", with_value("dflash.hidden_activation", "gelu"), id="another activation"),
+        pytest.param("drafter", with_value("dflash.final_logit_softcapping", 30.0), id="capped logits"),
         pytest.param("target", with_value("llama.embedding_scale", 12.0), id="a scaled embedding"),
         pytest.param("target", with_value("general.architecture", "gemma3"), id="a family that scales it"),
         pytest.param("target", with_value("split.count", 3), id="a file in parts"),
