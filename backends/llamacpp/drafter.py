@@ -181,7 +181,8 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 
 class HeadWeights:
-    """The Markov and confidence weights of a drafter GGUF as arrays: needed only to draft by sampling, so read late."""
+    """The Markov and confidence weights of a drafter GGUF as arrays, each read when it is first needed (all but `d2t` only to
+    draft by sampling)."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -192,12 +192,13 @@ def _collect(tensors: Mapping[str, npt.NDArray[Any]], spec: DrafterSpec, n_vocab
             f"lacks {', '.join(missing[:3])}" if missing else f"has {', '.join(unknown[:3])}, which libllama cannot run"
         )
         raise DsparkError(f"the drafter {what}")
-    sizes = _sizes(spec, n_vocab)
+    shapes = gguf_shapes(spec, n_vocab)
     ready = {}
-    for source, (name, letters) in table.items():
-        expected = tuple(sizes[letter] for letter in letters.split())
-        if tensors[source].shape != expected:
-            raise DsparkError(f"{source} has shape {tensors[source].shape}, the drafter's description says {expected}")
+    for source, (name, _) in table.items():
+        if tensors[source].shape != shapes[name]:
+            raise DsparkError(
+                f"{source} has shape {tensors[source].shape}, the drafter's description says {shapes[name]}"
+            )
         ready[name] = tensors[source]
     if "d2t" in ready:
         _check_d2t(ready["d2t"], n_vocab)
@@ -207,6 +208,12 @@ def _collect(tensors: Mapping[str, npt.NDArray[Any]], spec: DrafterSpec, n_vocab
 def gguf_names(spec: DrafterSpec) -> dict[str, str]:
     """DeepSpec name -> GGUF name of every tensor that `spec` asks for."""
     return {ours: theirs for ours, (theirs, _) in _table(spec).items()}
+
+
+def gguf_shapes(spec: DrafterSpec, n_vocab: int) -> dict[str, tuple[int, ...]]:
+    """GGUF name -> shape of every tensor that `spec` asks for, with a target of `n_vocab` tokens."""
+    sizes = _sizes(spec, n_vocab)
+    return {name: tuple(sizes[letter] for letter in letters.split()) for name, letters in _table(spec).values()}
 
 
 def _table(spec: DrafterSpec) -> dict[str, tuple[str, str]]:

@@ -38,7 +38,6 @@ cpu_kernels.start()
 SUPPORTED_VERSION = "0.3.36"
 
 _CTX = lib.llama_context_p_ctypes
-_MODEL = lib.llama_model_p_ctypes
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 
 #: name -> (mangled name on Linux and macOS, argument types, result type)

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from dspark_cli.backends.base import ContextFull, DraftRequest, FloatArray, IntArray
 from dspark_cli.backends.llamacpp import native
 from dspark_cli.backends.llamacpp.context import Context, ContextOptions
-from dspark_cli.backends.llamacpp.header import Header, TensorInfo, read_header, read_tensor
+from dspark_cli.backends.llamacpp.export import DrafterSpec, gguf_shapes
+from dspark_cli.backends.llamacpp.header import Header, read_header, read_tensor
 from dspark_cli.backends.llamacpp.model import Model, out_of_memory
 from dspark_cli.backends.llamacpp.native import Batch, lib
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
@@ -205,9 +206,10 @@ def by_kernels(
     if not options.on_cpu or options.kv_type not in cpu_drafter.KV_TYPES or cpu_drafter.unfit() is not None:
         return None
     drafter, theirs, n_vocab = _File(path), _File(target.model.path), target.info.n_vocab
-    if not _plain(drafter.header, facts) or not _plain_target(theirs.header):
+    spec = _spec(drafter.header, facts)
+    if spec is None or not _plain_target(theirs.header):
         return None
-    description = _describe(drafter, theirs, facts, n_vocab)
+    description = _describe(drafter, theirs, spec, n_vocab)
     if description is None:
         return None
     n_ctx = target.info.n_ctx + facts.rows
@@ -242,36 +244,57 @@ _OF_LAYER = {
     "key_norm": "attn_k_norm",
     "ffn_norm": "ffn_norm",
 }
-_KNOWN = {f"{name}.weight" for name in ("fc", "enc.output_norm", "output_norm", "output", "markov_w1", "markov_w2")}
-_KNOWN |= {"d2t", "conf_proj.weight", "conf_proj.bias"}
 #: what scales or caps an embedding or logits, of drafter or target
 _SCALED = ("embedding_scale", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")
-_NUMBERS = ("attention.key_length", "attention.head_count", "attention.head_count_kv", "feed_forward_length")
+_NUMBERS = (
+    "attention.key_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "feed_forward_length",
+    "block_count",
+)
 
 
-def _plain(header: Header, facts: DrafterFacts) -> bool:
-    """Whether cpu_drafter.c knows all that this drafter does."""
-    value = header.of_model
+def _spec(header: Header, facts: DrafterFacts) -> DrafterSpec | None:
+    """The shape of a drafter of which cpu_drafter.c knows all; None if there is more to it."""
+    value, tensors = header.of_model, header.tensors
     if not all(isinstance(value(key, 0), int) for key in _NUMBERS):  # a list is a number a layer
-        return False
-    head, heads = int(value("attention.key_length") or 0), int(value("attention.head_count") or 0)
-    kv_heads = int(value("attention.head_count_kv") or heads)
-    layers = range(int(value("block_count", 0)))
-    of_layers = {f"blk.{layer}.{name}.weight" for layer in layers for name in _OF_LAYER.values()}
-    return (
-        of_layers <= set(header.tensors) <= _KNOWN | of_layers
-        and not any(map(value, _SCALED))
+        return None
+    heads, head = int(value("attention.head_count", 0)), int(value("attention.key_length", 0))
+    spec = DrafterSpec(
+        block_size=facts.block_size,
+        target_layers=facts.layers,
+        n_layer=int(value("block_count", 0)),
+        n_head=heads,
+        n_head_kv=int(value("attention.head_count_kv", 0)) or heads,
+        head_dim=head,
+        hidden=facts.n_embd,
+        ffn=int(value("feed_forward_length", 0)),
+        mask_token_id=facts.mask or 0,
+        rms_eps=float(value("attention.layer_norm_rms_epsilon", 1e-6)),
+        rope_theta=float(value("rope.freq_base", 10000.0)),
+        sample_from_anchor=facts.rows == facts.block_size,
+        markov_rank=tensors["markov_w1.weight"].shape[-1] if facts.markov else 0,
+        confidence=facts.confidence,
+        draft_vocab=tensors["d2t"].shape[0] if facts.reduced else None,
+    )
+    plain = (
+        not any(map(value, _SCALED))
         and value("hidden_activation") in (None, "silu")
         and not any(key.startswith("dflash.rope.scaling") for key in header.metadata)
         and not any(value(f"attention.{key}") for key in ("sliding_window", "scale", "value_scale", "clamp_kqv"))
         and 0 < head <= cpu_drafter.MOST_HEAD
         and head % cpu_drafter.HEAD_STEP == 0
         and head == int(value("attention.value_length") or head) == int(value("rope.dimension_count") or head)
-        and kv_heads > 0
-        and heads % kv_heads == 0
+        and spec.n_head_kv > 0
+        and heads % spec.n_head_kv == 0
         and facts.rows <= cpu_drafter.MOST_ROWS
-        and not (facts.markov and facts.rows > facts.block_size)
+        and not (facts.markov and not spec.sample_from_anchor)
     )
+    shapes = gguf_shapes(spec, facts.n_vocab)
+    if not facts.borrows and not facts.reduced:
+        shapes["output.weight"] = (facts.n_vocab, facts.n_embd)
+    return spec if plain and {name: info.shape for name, info in tensors.items()} == shapes else None
 
 
 def _plain_target(header: Header) -> bool:
@@ -291,54 +314,46 @@ class _File:
         self._kept: list[npt.NDArray[Any]] = []
 
     def matrix(self, name: str) -> Matrix:
-        info: TensorInfo = self.header.tensors[name]
+        info = self.header.tensors[name]
         return Matrix(info.kind, info.shape[0], info.shape[-1], self._data.ctypes.data + info.offset)
+
+    def values(self, name: str) -> FloatArray:
+        return np.ascontiguousarray(read_tensor(self.path, self.header.tensors[name]), dtype=np.float32)
 
     def vector(self, name: str) -> int:
         """Address of its float32 values."""
-        return self.keep(np.ascontiguousarray(read_tensor(self.path, self.header.tensors[name]), dtype=np.float32))
+        return self.keep(self.values(name))
 
     def keep(self, array: npt.NDArray[Any]) -> int:
         self._kept.append(array)
         return int(array.ctypes.data)
 
 
-def _describe(drafter: _File, target: _File, facts: DrafterFacts, n_vocab: int) -> Description | None:
-    """The drafter as cpu_drafter.c reads it; None where a tensor has another shape, or a format whose products are not ours."""
-    value = drafter.header.of_model
-    d, head, ffn = facts.n_embd, int(value("attention.key_length")), int(value("feed_forward_length", 0))
-    heads = int(value("attention.head_count"))
-    kv_heads = int(value("attention.head_count_kv") or heads)
-    place, name = next(
-        (file, name)
-        for file, name in ((drafter, "output"), (target, "output"), (target, "token_embd"))
-        if f"{name}.weight" in file.header.tensors or name == "token_embd"
-    )
+def _describe(drafter: _File, target: _File, spec: DrafterSpec, n_vocab: int) -> Description | None:
+    """The drafter as cpu_drafter.c reads it; None where the target's tables do not fit, or products are not ours."""
     if "token_embd.weight" not in target.header.tensors:
         return None
-    shapes = {"query": (heads * head, d), "key": (kv_heads * head, d), "value": (kv_heads * head, d)}
-    shapes |= {"output": (d, heads * head), "gate": (ffn, d), "up": (ffn, d), "down": (d, ffn)}
-    sizes = {"input_norm": d, "query_norm": head, "key_norm": head, "ffn_norm": d}
-    layers = (Layer * int(value("block_count")))()
+    places = [(drafter, "output.weight"), (target, "output.weight"), (target, "token_embd.weight")]
+    file, name = next((file, name) for file, name in places if name in file.header.tensors)
+    layers = (Layer * spec.n_layer)()
     for at, layer in enumerate(layers):
-        for part in _OF_LAYER:
-            tensor = f"blk.{at}.{_OF_LAYER[part]}.weight"
-            if drafter.header.tensors[tensor].shape != (shapes[part] if part in shapes else (sizes[part],)):
-                return None
-            setattr(layer, part, drafter.matrix(tensor) if part in shapes else drafter.vector(tensor))
+        for part, theirs in _OF_LAYER.items():
+            take = drafter.matrix if part in cpu_drafter.MATRICES else drafter.vector
+            setattr(layer, part, take(f"blk.{at}.{theirs}.weight"))
     made = Description(
-        layers=len(layers),
-        d=d,
-        heads=heads,
-        kv_heads=kv_heads,
-        head=head,
-        ffn=ffn,
-        causal=bool(value("attention.causal", False)),
-        epsilon=float(value("attention.layer_norm_rms_epsilon", 1e-6)),
-        rope_base=float(value("rope.freq_base", 10000.0)),
+        layers=spec.n_layer,
+        d=spec.hidden,
+        heads=spec.n_head,
+        kv_heads=spec.n_head_kv,
+        head=spec.head_dim,
+        ffn=spec.ffn,
+        rank=spec.markov_rank,
+        causal=bool(drafter.header.of_model("attention.causal", False)),
+        epsilon=spec.rms_eps,
+        rope_base=spec.rope_theta,
         embedding=target.matrix("token_embd.weight"),
         fusion=drafter.matrix("fc.weight"),
-        vocabulary=place.matrix(f"{name}.weight"),
+        vocabulary=file.matrix(name),
         fused_norm=drafter.vector("enc.output_norm.weight"),
         output_norm=drafter.vector("output_norm.weight"),
         layer=layers,
@@ -347,23 +362,20 @@ def _describe(drafter: _File, target: _File, facts: DrafterFacts, n_vocab: int) 
     made.vocabulary.rows = min(made.vocabulary.rows, n_vocab)
     used = [made.fusion, made.vocabulary, *(getattr(layer, part) for layer in layers for part in cpu_drafter.MATRICES)]
     of_tokens = [made.embedding]
-    if facts.markov:
+    if spec.markov_rank:
         made.markov_embedding = drafter.matrix("markov_w1.weight")
         made.markov_output = drafter.matrix("markov_w2.weight")
         made.markov_output.rows = min(made.markov_output.rows, n_vocab)
-        made.rank = made.markov_embedding.width
         used.append(made.markov_output)
         of_tokens.append(made.markov_embedding)
-    if facts.confidence:
+    if spec.confidence:
         made.confidence = drafter.vector("conf_proj.weight")
-        bias = drafter.header.tensors.get("conf_proj.bias")
-        made.confidence_bias = 0.0 if bias is None else float(read_tensor(drafter.path, bias).reshape(-1)[0])
+        made.confidence_bias = float(drafter.values("conf_proj.bias")[0])
     sound = (
-        made.vocabulary.width == made.embedding.width == d
-        and (facts.mask or 0) < n_vocab
+        made.vocabulary.width == made.embedding.width == spec.hidden
+        and spec.mask_token_id < n_vocab
         and all(table.rows >= n_vocab and cpu_drafter.readable(table) for table in of_tokens)
-        and (not facts.markov or made.markov_output.rows == made.vocabulary.rows)
-        and (not facts.confidence or drafter.header.tensors["conf_proj.weight"].shape[-1] == d + made.rank)
+        and (not spec.markov_rank or made.markov_output.rows == made.vocabulary.rows)
         and all(map(cpu_drafter.fits, used))
     )
     return made if sound else None

@@ -1,4 +1,5 @@
-"""The memory plan: what a pair needs on a device, before anything is loaded. Pure arithmetic, no library.
+"""The memory plan: what a pair needs on a device, before anything is loaded. Arithmetic; of this machine it asks only who
+computes on its CPU, and on how many cores.
 
 Every figure is bytes. A part that a CPU only reserves and never touches is not counted there: a device with memory of its
 own commits what it allocates, a CPU what is written. The constants below were fitted to libllama 0.3.36 and are checked
@@ -348,7 +349,7 @@ def _batch(options: PlanOptions, ctx: int, rows: int) -> int:
 
 def _overhead(n_vocab: int) -> int:
     """Token texts and their index as libllama keeps them (measured: 49152 tokens take 17 MB), and a little per context: its
-    graphs, and the scratch of the threads that compute products (kernels/cpu_kernels.c: half a MiB each).
+    graphs, and the scratch of the threads that compute products (kernels/cpu_kernels.c: a MiB each).
     """
     return 350 * n_vocab + PER_CONTEXT
 
