@@ -3,8 +3,8 @@
 // Matrix products. ggml computes a pass of one token by a dot product a weight row, and a pass of several by other
 // kernels, which cut the rows among threads in pieces of 16, so that a verify pass of two tokens costs two plain ones
 // on a CPU that waits for memory, and round otherwise. Here every thread streams one contiguous range of rows, each row
-// once for all tokens, and sums in the order of ggml's own dot product. `start` compares the two bit by bit, and types
-// that differ are left to ggml.
+// once for all tokens, and sums in one order for any number of them: that of ggml's own dot product for floats, block
+// after block for quantized weights. `start` compares with that dot product, and types that differ are left to ggml.
 //
 // Fills and concatenations, which ggml does number by number, of the draft logits of a reduced vocabulary: a quarter of
 // the drafter's pass.
@@ -14,10 +14,12 @@
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
-#include "cpu_tiles.h"
+#include "cpu_lanes.h"
+#include "cpu_rows.h"
 
 // ggml-cpu-impl.h: the two fields in front
 typedef struct {
@@ -49,24 +51,28 @@ enum { ROW_BYTES = 16 * 1024 };
 // Columns of passes that verify. Wider ones are prompts: there ggml is as quick for F16, F32 and the K types.
 enum { VERIFIED = 32 };
 
+// Of the largest product: what a sum in another order may differ by.
+static const float OTHER_ORDER = 1e-5f;
+
 static _Thread_local float scratch[SCRATCH] __attribute__((aligned(64)));
 
 // clang-format off
 #define QUANTIZED(TYPE, NAME, COLUMN, COLUMN_NAME, SIZE, AT, HALVES, FLOATS, PREPARE) \
-    {TYPE, COLUMN, sizeof(block_##NAME), sizeof(block_##COLUMN_NAME), SIZE, AT, HALVES, COLUMNS, 0, 1, FLOATS, \
+    {TYPE, COLUMN, sizeof(block_##NAME), sizeof(block_##COLUMN_NAME), SIZE, AT, HALVES, false, COLUMNS, 0, 1, FLOATS, \
      PREPARE, all_tile_##NAME}
 // clang-format on
 static const kernel kernels[] = {
-    QUANTIZED(Q8_0, q8_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED_Q8_0, prepare_for_q8_0),
-    QUANTIZED(Q5_0, q5_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED_Q8_0, prepare_for_q5_0),
-    QUANTIZED(Q4_0, q4_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED_Q8_0, prepare_for_q4_0),
-    QUANTIZED(Q5_1, q5_1, Q8_1, q8_1, BLOCK, 0, 2, PREPARED_Q8_1, prepare_q8_1),
-    QUANTIZED(Q4_1, q4_1, Q8_1, q8_1, BLOCK, 0, 2, PREPARED_Q8_1, prepare_q8_1),
-    QUANTIZED(Q4_K, q4_K, Q8_K, q8_K, SUPER, 0, 2, PREPARED_K, prepare_q8_K),
-    QUANTIZED(Q5_K, q5_K, Q8_K, q8_K, SUPER, 0, 2, PREPARED_K, prepare_q8_K),
-    QUANTIZED(Q6_K, q6_K, Q8_K, q8_K, SUPER, offsetof(block_q6_K, d), 1, PREPARED_K, prepare_q8_K),
-    {F16, F16, 2, 2, 1, 0, 1, FLOAT_TILE, VERIFIED, 1, FLOAT_TILE, prepare_f16, all_tile_f16},
-    {F32, F32, 4, 4, 1, 0, 0, FLOAT_TILE, VERIFIED, STEP, 0, NULL, all_tile_f32},
+    QUANTIZED(Q8_0, q8_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED, prepare_for_q8_0),
+    QUANTIZED(Q5_0, q5_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED, prepare_for_q5_0),
+    QUANTIZED(Q4_0, q4_0, Q8_0, q8_0, BLOCK, 0, 1, PREPARED, prepare_for_q4_0),
+    QUANTIZED(Q5_1, q5_1, Q8_1, q8_1, BLOCK, 0, 2, PREPARED, prepare_q8_1),
+    QUANTIZED(Q4_1, q4_1, Q8_1, q8_1, BLOCK, 0, 2, PREPARED, prepare_q8_1),
+    QUANTIZED(Q4_K, q4_K, Q8_K, q8_K, SUPER, 0, 2, PREPARED_K, prepare_for_minimum_k),
+    QUANTIZED(Q5_K, q5_K, Q8_K, q8_K, SUPER, 0, 2, PREPARED_K, prepare_for_minimum_k),
+    {Q6_K, Q8_K, sizeof(block_q6_K), sizeof(block_q8_K), SUPER, offsetof(block_q6_K, d), 1, true, COLUMNS, 0, 1,
+     PREPARED_Q6_K, prepare_scales_k, all_tile_q6_K},
+    {F16, F16, 2, 2, 1, 0, 1, true, FLOAT_TILE, VERIFIED, 1, FLOAT_TILE, prepare_f16, all_tile_f16},
+    {F32, F32, 4, 4, 1, 0, 0, true, FLOAT_TILE, VERIFIED, STEP, 0, NULL, all_tile_f32},
 };
 enum { KERNELS = sizeof kernels / sizeof kernels[0] };
 
@@ -79,8 +85,8 @@ void multiply_rows(const kernel *use, int64_t lo, int64_t hi, int64_t n, int64_t
     for (int64_t first = 0; first < n; first += group) {
         const int64_t end = n < first + group ? n : first + group;
         const int64_t tiles = (end - first + use->tile - 1) / use->tile;
-        int64_t rows = tiles > 1 ? (int64_t)(ROW_BYTES / a_bytes) : hi - lo;
-        rows = rows < 1 ? 1 : rows;
+        int64_t rows = tiles > 1 ? (int64_t)(ROW_BYTES / a_bytes) / LANES * LANES : hi - lo;
+        rows = rows < LANES ? LANES : rows;
         for (int64_t row = lo; row < hi; row += rows)
             // Tiles of about one width: three columns beside five cost less than one beside seven.
             for (int64_t t = 0; t < tiles; t++) {
@@ -232,12 +238,27 @@ static void fill_floats(char *to, int64_t blocks, size_t bytes) {
     }
 }
 
-// Whether a kernel gives, bit by bit, what ggml's dot product of that type gives, at every width.
+static void fill_sums(block_q8_K *to, int64_t blocks) {
+    for (int64_t i = 0; i < blocks; i++)
+        for (int part = 0; part < SUPER / 16; part++) {
+            to[i].sums[part] = 0;
+            for (int at = 0; at < 16; at++) to[i].sums[part] += to[i].qs[16 * part + at];
+        }
+}
+
+// Whether a kernel gives what ggml's dot product of that type gives: bit by bit where it sums in the same order, else
+// to what another order may change, and then the same bits at every width and for any rows.
 static bool agrees(const kernel *use, dot_fn dot) {
-    enum { ROWS = 5, MOST = 2 * COLUMNS + 3, LONGEST = 199, BYTES = sizeof(block_q8_K) };  // MOST: tiles of every width
+    enum {
+        ROWS = 11,
+        MOST = 2 * COLUMNS + 3,
+        LONGEST = 199,
+        BYTES = sizeof(block_q8_K)
+    };  // MOST: tiles of every width
+    enum { FEW = 5 };                                          // rows, less than lanes
     static const int lengths[] = {1, 2, 9, 64, 128, LONGEST};  // of a row in blocks: steps of float weights, and rests
-    static char a[ROWS * LONGEST * BYTES], b[MOST * LONGEST * BYTES];
-    static float c[ROWS * MOST];
+    static char a[ROWS * LONGEST * BYTES], b[MOST * LONGEST * BYTES] __attribute__((aligned(8)));
+    static float c[ROWS * MOST], wanted[ROWS * MOST], few[FEW];
     noise_state = (uint64_t)use->type;
     for (size_t at = 0; at < sizeof lengths / sizeof lengths[0]; at++) {
         const int64_t k = lengths[at];
@@ -255,14 +276,25 @@ static bool agrees(const kernel *use, dot_fn dot) {
         } else {
             fill_halves(b, MOST * k, use->b_bytes, 0, use->column_type == Q8_1 ? 2 : 1);
         }
+        if (use->column_type == Q8_K) fill_sums((block_q8_K *)b, MOST * k);
+        float most = 0;
+        for (int64_t j = 0; j < MOST; j++) {
+            float *ours = wanted + j * ROWS, theirs[ROWS];
+            multiply_rows(use, 0, ROWS, 1, k, a, a_bytes, b + j * b_bytes, b_bytes, ours, ROWS);
+            multiply_rows(use, 0, FEW, 1, k, a, a_bytes, b + j * b_bytes, b_bytes, few, FEW);
+            if (memcmp(few, ours, sizeof few)) return false;
+            for (int64_t i = 0; i < ROWS; i++) {
+                dot((int)(k * use->block), &theirs[i], 0, a + i * a_bytes, 0, b + j * b_bytes, 0, 1);
+                most = fabsf(theirs[i]) > most ? fabsf(theirs[i]) : most;
+            }
+            for (int64_t i = 0; i < ROWS; i++)
+                if (use->same_order ? memcmp(&theirs[i], &ours[i], 4) != 0
+                                    : !(fabsf(theirs[i] - ours[i]) <= OTHER_ORDER * most))
+                    return false;
+        }
         for (int64_t n = 1; n <= MOST; n++) {
             multiply_rows(use, 0, ROWS, n, k, a, a_bytes, b, b_bytes, c, ROWS);
-            for (int64_t j = 0; j < n; j++)
-                for (int64_t i = 0; i < ROWS; i++) {
-                    float wanted;
-                    dot((int)(k * use->block), &wanted, 0, a + i * a_bytes, 0, b + j * b_bytes, 0, 1);
-                    if (memcmp(&wanted, &c[j * ROWS + i], 4)) return false;
-                }
+            if (memcmp(c, wanted, n * ROWS * sizeof *c)) return false;
         }
     }
     return true;

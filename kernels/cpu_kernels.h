@@ -13,7 +13,27 @@
 enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q8_1 = 9, Q4_K = 12, Q5_K = 13, Q6_K = 14, Q8_K = 15 };
 // clang-format on
 
+// clang-format off
+// ggml-common.h: 32 weights a block, 256 where the name ends with K
+enum { BLOCK = 32, SUPER = 256 };
+typedef struct { uint16_t d; uint8_t qs[BLOCK / 2]; } block_q4_0;
+typedef struct { uint16_t d, m; uint8_t qs[BLOCK / 2]; } block_q4_1;
+typedef struct { uint16_t d; uint8_t qh[4], qs[BLOCK / 2]; } block_q5_0;
+typedef struct { uint16_t d, m; uint8_t qh[4], qs[BLOCK / 2]; } block_q5_1;
+typedef struct { uint16_t d; int8_t qs[BLOCK]; } block_q8_0;
+typedef struct { uint16_t d, s; int8_t qs[BLOCK]; } block_q8_1;
+typedef struct { uint16_t d, dmin; uint8_t scales[12], qs[SUPER / 2]; } block_q4_K;
+typedef struct { uint16_t d, dmin; uint8_t scales[12], qh[SUPER / 8], qs[SUPER / 2]; } block_q5_K;
+typedef struct { uint8_t ql[SUPER / 2], qh[SUPER / 4]; int8_t scales[SUPER / 16]; uint16_t d; } block_q6_K;
+typedef struct { float d; int8_t qs[SUPER]; int16_t sums[SUPER / 16]; } block_q8_K;
+// clang-format on
+
+// Columns of a tile of quantized weights: what the registers hold.
+enum { COLUMNS = 8 };
+
 #define INLINE static inline __attribute__((always_inline))
+
+INLINE float half(uint16_t h) { return _cvtsh_ss(h); }
 
 // Seen by the files of this library only.
 #define WITHIN __attribute__((visibility("hidden")))
@@ -44,6 +64,7 @@ typedef struct {
     int64_t block;            // weights of a block
     size_t halves_at;         // where a block of weights has its scales, and how many: for `agrees`
     int halves;
+    bool same_order;  // of sums as in ggml's dot product
     int tile;         // columns at once
     int64_t columns;  // at most, in ggml's place; 0 = any number
     int64_t step;     // blocks that a row must be a multiple of
@@ -51,6 +72,21 @@ typedef struct {
     void (*prepare)(const job *, int n, float *to);
     void (*compute)(const job *, int n);
 } kernel;
+
+// One compiled tile for every width up to the widest.
+#define WIDTHS(TILE, WIDEST)                             \
+    static void all_##TILE(const job *w, int n) {        \
+        switch (n) {                                     \
+        case 1: TILE(w, 1); break;                       \
+        case 2: TILE(w, 2); break;                       \
+        case 3: TILE(w, 3); break;                       \
+        case 4: TILE(w, WIDEST < 4 ? WIDEST : 4); break; \
+        case 5: TILE(w, WIDEST < 5 ? WIDEST : 5); break; \
+        case 6: TILE(w, WIDEST < 6 ? WIDEST : 6); break; \
+        case 7: TILE(w, WIDEST < 7 ? WIDEST : 7); break; \
+        default: TILE(w, WIDEST);                        \
+        }                                                \
+    }
 
 // The kernel of a type and row length; NULL where there is none, or where it does not agree with ggml.
 WITHIN const kernel *kernel_of(int type, int64_t blocks);

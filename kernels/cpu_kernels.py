@@ -24,7 +24,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.c", "cpu_drafter.c"))
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.h", "cpu_tiles.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.h", "cpu_lanes.h", "cpu_rows.h"))
 #: "off": not used, to compare with ggml's own products
 SWITCH = "DSPARK_CPU_KERNELS"
 #: where the built library is kept instead of the user's cache folder

@@ -1,4 +1,6 @@
-"""Products of the CPU: the bits of ggml's own dot products at every width, and ggml's own products where they cannot be had."""
+"""Products of the CPU: the same bits at every width, those of ggml's own dot products where sums are taken in their order,
+and ggml's own products where these cannot be had.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,10 @@ COLUMNS = {
     **dict.fromkeys(("Q4_1", "Q5_1"), Q8_1),
     **dict.fromkeys(("Q4_K", "Q5_K", "Q6_K"), Q8_K),
 }
+
+
+#: summed in the order of ggml's dot product; the others block after block, which may round otherwise
+SAME_ORDER = {"F32", "F16", "Q6_K"}
 
 
 class Traits(ctypes.Structure):  # ggml-cpu.h
@@ -152,19 +159,28 @@ def test_the_way_of_processors_without_avx_512(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", list(COLUMNS))
-def test_the_bits_are_those_of_ggmls_dot_product(word: str) -> None:
-    """Real weights and activations, any width, more threads than rows, rows and results further apart than they are long."""
+def test_products(word: str) -> None:
+    """Of real weights and activations those of ggml's dot product, bit by bit where sums are taken in its order; the same bits
+    at any width, with more threads than rows, with rows and results further apart than they are long.
+    """
     if word not in cpu_kernels.state().types:
-        pytest.skip(f"ggml's dot product of {word} sums in another order on this machine")
+        pytest.skip(f"ggml's dot product of {word} is another on this machine")
     rng = np.random.default_rng(TYPES[word])
     k = 512
     a = quantized(word, rng.normal(size=(37, k)).astype(np.float32))
     b = as_columns(word, rng.normal(size=(33, k)).astype(np.float32))
-    wanted = by_dot(word, a, b, k)
+    theirs = by_dot(word, a, b, k)
+    alone = np.concatenate([product(word, a, b[j : j + 1], k, threads=1) for j in range(len(b))])
+    if word in SAME_ORDER:
+        assert np.array_equal(alone, theirs)
+    else:
+        assert np.abs(alone - theirs).max() < 1e-6 * np.abs(theirs).max()
     for n in (*range(1, 20), 24, 32):
-        assert np.array_equal(product(word, a, b[:n], k, threads=2), wanted[:n]), n
-    assert np.array_equal(product(word, a[:2], b[:5], k, threads=7, apart=3), wanted[:5, :2])
-    assert np.array_equal(product(word, a[::3], b[:32:2], k, threads=3), wanted[:32:2, ::3])
+        assert np.array_equal(product(word, a, b[:n], k, threads=2), alone[:n]), n
+    for threads in (1, 2, 5):  # eight rows and more, fewer
+        assert np.array_equal(product(word, a[5:32], b[:5], k, threads=threads), alone[:5, 5:32]), threads
+    assert np.array_equal(product(word, a[:2], b[:5], k, threads=7, apart=3), alone[:5, :2])
+    assert np.array_equal(product(word, a[::3], b[:32:2], k, threads=3), alone[:32:2, ::3])
 
 
 def test_rows_of_halves_need_not_be_whole_steps() -> None:
@@ -190,21 +206,33 @@ def test_what_is_left_to_ggml() -> None:
     assert covered("F32", 32, 64)
 
 
-def test_a_dot_product_that_sums_otherwise_is_not_taken(tmp_path: Path) -> None:
-    """The comparison at the start can fail: one bit is enough."""
+def test_a_dot_product_that_says_otherwise_is_not_taken(tmp_path: Path) -> None:
+    """The comparison at the start can fail: by one bit where the order of sums is the same, else by a hundredth percent."""
     copy = shutil.copy(cpu_kernels._cached(), tmp_path / "copy.so")  # with its own state
     library, real = ctypes.CDLL(str(copy)), ggml()
     library.dspark_kernels_start.restype = ctypes.c_uint64
-    dot = DOT(real.ggml_get_type_traits_cpu(TYPES["Q8_0"]).contents.dot)
 
-    @DOT
-    def nearly(n: int, to: int, bs: int, x: int, bx: int, y: int, by: int, rows: int) -> None:
-        dot(n, to, bs, x, bx, y, by, rows)
-        bits = ctypes.c_uint32.from_address(to)
-        bits.value ^= 1 if n > 200 else 0
+    def spoiled(word: str, spoil: Callable[[int], None]) -> Any:
+        dot = DOT(real.ggml_get_type_traits_cpu(TYPES[word]).contents.dot)
 
+        @DOT
+        def nearly(n: int, to: int, bs: int, x: int, bx: int, y: int, by: int, rows: int) -> None:
+            dot(n, to, bs, x, bx, y, by, rows)
+            if n > 200:
+                spoil(to)
+
+        return nearly
+
+    def one_bit(at: int) -> None:
+        ctypes.c_uint32.from_address(at).value ^= 1
+
+    def a_bit_more(at: int) -> None:
+        ctypes.c_float.from_address(at).value *= 1.0001
+
+    dots = {"Q6_K": spoiled("Q6_K", one_bit), "Q8_0": spoiled("Q8_0", a_bit_more)}
     known = {number: real.ggml_get_type_traits_cpu(number).contents for number in {*TYPES.values(), *COLUMNS.values()}}
-    known[TYPES["Q8_0"]] = Traits(None, ctypes.cast(nearly, ctypes.c_void_p), COLUMNS["Q8_0"], 1)
+    for word, dot in dots.items():
+        known[TYPES[word]] = Traits(None, ctypes.cast(dot, ctypes.c_void_p), COLUMNS[word], 1)
     # Columns of another type than ours: ggml has changed what it multiplies with.
     known[TYPES["Q4_1"]] = Traits(None, known[TYPES["Q4_1"]].dot, COLUMNS["Q4_0"], 1)
 
@@ -214,7 +242,7 @@ def test_a_dot_product_that_sums_otherwise_is_not_taken(tmp_path: Path) -> None:
 
     bits = library.dspark_kernels_start(traits)
     taken = {word for word, number in TYPES.items() if bits >> number & 1}
-    assert taken == set(cpu_kernels.state().types) - {"Q8_0", "Q4_1"}
+    assert taken == set(cpu_kernels.state().types) - {"Q6_K", "Q8_0", "Q4_1"}
 
 
 class Graph:

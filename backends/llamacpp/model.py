@@ -20,8 +20,8 @@ from dspark_cli.kernels import cpu_kernels
 
 #: architecture of a DSpark or DFlash drafter's GGUF
 DRAFTER_ARCHITECTURE = "dflash"
-#: ggml.h: a type of tensor
-GGML_Q4_K = 12
+#: ggml.h: types of tensors that ggml lays out anew for its own products on a CPU, eight rows interleaved
+INTERLEAVED = {2, 12}  # Q4_0, Q4_K
 
 
 class Model:
@@ -46,7 +46,7 @@ class Model:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocab_only
-        params.use_extra_bufts = not _laid_out_badly(self.path)
+        params.use_extra_bufts = not _laid_out_for_ours(self.path)
         stopped: list[BaseException] = []
         if progress is not None:
             params.progress_callback = _told(progress, stopped)
@@ -104,14 +104,14 @@ class Model:
             self.handle = None
 
 
-def _laid_out_badly(path: Path) -> bool:
-    """Whether ggml's own layout of these weights on a CPU would cost exactness: Q4_K interleaved, where passes of four tokens
-    and more round otherwise than passes of one. As they lie, kernels/cpu_kernels.c computes both alike, and as quickly.
+def _laid_out_for_ours(path: Path) -> bool:
+    """Whether weights stay on a CPU as they lie in the file, where ggml would interleave rows for products of its own:
+    kernels/cpu_kernels.c computes them as they lie, several columns for little more than one.
     """
     if not cpu_kernels.complete():
         return False
     try:
-        return any(tensor.kind == GGML_Q4_K for tensor in read_header(path).tensors.values())
+        return any(tensor.kind in INTERLEAVED for tensor in read_header(path).tensors.values())
     except DsparkError:
         return False  # libllama says what is wrong with it
 
