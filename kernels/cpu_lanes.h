@@ -15,9 +15,9 @@
 
 // Rows at once, and words of four weights in a block.
 enum { LANES = 8, WORDS = BLOCK / 4 };
-// Bytes of eight rows that a first-level cache holds three times. Groups of eight rows: weights are asked for so far
-// ahead.
-enum { NEAR = 8 * 1024, GROUPS_AHEAD = 2 };
+// Weights are asked for so many groups of eight rows ahead, or fewer, where that is more than a second-level cache has
+// room for.
+enum { GROUPS_AHEAD = 4, BYTES_AHEAD = 96 * 1024 };
 
 // ---- columns ----
 
@@ -278,29 +278,30 @@ INLINE void block_of_q5_K(const char *at, size_t apart, __m256 *sums, const colu
 
 typedef void (*block_fn)(const char *at, size_t apart, __m256 *sums, const column *columns, const int n);
 
-// Bytes of the next rows, in their order: eight rows side by side are too many streams for a processor to foresee.
-INLINE void ask(const char *at, size_t bytes, const bool near) {
-    for (size_t i = 0; i < bytes; i += 64) {
-        if (near) {
-            _mm_prefetch(at + i, _MM_HINT_T0);
-        } else {
-            _mm_prefetch(at + i, _MM_HINT_T1);
-        }
-    }
+INLINE int64_t bytes_ahead(size_t group) {
+    const int64_t groups = BYTES_AHEAD / (int64_t)group;
+    return (int64_t)group * (groups < 1 ? 1 : groups > GROUPS_AHEAD ? GROUPS_AHEAD : groups);
+}
+
+// Bytes of rows to come, in their order: eight rows side by side are too many streams for a processor to foresee. Into
+// the second-level cache: the first one's queue of misses is short.
+INLINE void ask(const char *at, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(at + i, _MM_HINT_T1);
 }
 
 // Fewer rows than lanes go one by one, in all lanes; the last ones of more go with some of those before.
 INLINE void tile_quantized(const job *w, const size_t bytes, const int columns, const block_fn add, const int n) {
-    const bool few = w->hi - w->lo < LANES, near = columns == 1 && LANES * w->a_bytes <= NEAR;
+    const bool few = w->hi - w->lo < LANES;
+    const int64_t ahead = bytes_ahead(LANES * w->a_bytes);
     const size_t apart = few ? 0 : w->a_bytes;
     for (int64_t i = w->lo; i < w->hi; i += few ? 1 : LANES) {
         const int64_t first = few || i + LANES <= w->hi ? i : w->hi - LANES;
-        const char *row = w->a + first * w->a_bytes, *next = row + GROUPS_AHEAD * LANES * w->a_bytes;
+        const char *row = w->a + first * w->a_bytes, *next = row + ahead;
         const column *now = (const column *)w->prepared;
         __m256 sums[COLUMNS];
         for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps();
         for (int64_t k = 0; k < w->k; k++, now += columns * n) {
-            ask(next + k * LANES * bytes, LANES * bytes, near);
+            ask(next + k * LANES * bytes, LANES * bytes);
             add(row + k * bytes, apart, sums, now, n);
         }
         for (int j = 0; j < n; j++) {

@@ -1,6 +1,6 @@
 """What passes of a target cost with our products on a CPU and with ggml's own, in turn, a process each.
 
-    python tests/measure_products.py [--formats F16,Q8_0,Q4_1] [--depths 64,600] [--repeats 3] [--threads N]
+    python tests/measure_products.py [--formats F16,Q8_0,Q4_1] [--depths 64,600] [--repeats 3] [--threads N] [--target FILE.gguf]
 
 Milliseconds of a pass by its tokens (medians over all repeats), and the tokens per second of a prompt of 512. Attention is what
 `--flash-attn auto` chooses with each.
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--depths", default="64,600")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--target", type=Path, help="instead of the embedded one; tests/random_target.py writes any size")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     depths = [int(word) for word in options.depths.split(",")]
@@ -73,9 +74,10 @@ def main() -> None:
     columns = [*(str(width) for width in WIDTHS), "prompt"]
     print(f"| target | depth | products | {' | '.join(columns[:-1])} | prompt, tok/s |")
     print(f"|{'---|' * (len(columns) + 3)}")
+    target = options.target or resolve("smollm2-135m").path
     with tempfile.TemporaryDirectory() as folder:
         for name in options.formats.split(","):
-            path = requantize(resolve("smollm2-135m").path, name, Path(folder))
+            path = requantize(target, name, Path(folder))
             found: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
             for _ in range(options.repeats):
                 for arm, switch in ARMS.items():
