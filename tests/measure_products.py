@@ -1,6 +1,6 @@
 """What passes of a target cost with our products on a CPU and with ggml's own, in turn, a process each.
 
-    python tests/measure_products.py [--formats F16,Q8_0,Q4_1] [--depths 64,600] [--repeats 3] [--threads N] [--target FILE.gguf]
+    python tests/measure_products.py [--formats F16,Q8_0] [--depths 64,600] [--repeats 3] [--threads N] [--target FILE.gguf]
 
 Milliseconds of a pass by its tokens (medians over all repeats), and the tokens per second of a prompt of 512. Attention is what
 `--flash-attn auto` chooses with each.
