@@ -185,11 +185,15 @@ static void pack(const drafter *p, worker me, const matrix *w, const float *x, i
     }
 }
 
+INLINE span rows_of(const matrix *w, worker me) {
+    return (span){first_row(w->rows, me.thread, me.threads), first_row(w->rows, me.thread + 1, me.threads)};
+}
+
 // This thread's rows of `w` times the columns it packed, into [n][rows]; returns which rows.
 static span multiply(const drafter *p, worker me, const matrix *w, int64_t n, float *to) {
     const kernel *use = kernel_for(p, w);
     const int64_t blocks = w->width / use->block;
-    const span mine = share(w->rows, me);
+    const span mine = rows_of(w, me);
     multiply_rows(use, mine.from, mine.to, n, blocks, w->data, blocks * use->a_bytes, p->own[me.thread].packed,
                   column_bytes(p, w), to, w->rows);
     return mine;
@@ -328,7 +332,7 @@ static void correct(const drafter *p, worker me, int64_t k, int64_t blocks, int6
                     float *confidence) {
     const description *is = &p->is;
     const struct own *own = &p->own[me.thread];
-    const span mine = share(is->vocabulary.rows, me);
+    const span mine = rows_of(&is->vocabulary, me);
     if (is->rank) {
         for (int64_t b = 0; b < blocks; b++)
             row_of(p, &is->markov_embedding, own->previous[b], own->embedded + b * is->rank);

@@ -3,8 +3,9 @@
 // Matrix products. ggml computes a pass of one token by a dot product a weight row, and a pass of several by other
 // kernels, which cut the rows among threads in pieces of 16, so that a verify pass of two tokens costs two plain ones
 // on a CPU that waits for memory, and round otherwise. Here every thread streams one contiguous range of rows, each row
-// once for all tokens, and sums in one order for any number of them: that of ggml's own dot product for floats, block
-// after block for quantized weights. `start` compares with that dot product, and types that differ are left to ggml.
+// once for all tokens of a verify pass (K types with very long rows: for eight), and sums in one order for any number
+// of them: that of ggml's own dot product (cpu_rows.h), or block after block (cpu_lanes.h). `start` compares with that
+// dot product, and types that differ are left to ggml.
 //
 // Fills and concatenations, which ggml does number by number, of the draft logits of a reduced vocabulary: a quarter of
 // the drafter's pass.
@@ -44,9 +45,9 @@ typedef bool (*product_fn)(const compute_params *, int64_t m, int64_t n, int64_t
 
 enum { TYPES = 64 };
 // Floats a thread: columns prepared for the tiles. At once as many as half of a usual second-level cache holds; one
-// tile of very long rows (60,000 weights) may take twice that.
+// tile of very long rows (F16: 43,690 weights) may take twice that.
 enum { SCRATCH = 256 * 1024, AT_ONCE = SCRATCH / 2 };
-// Of rows that more columns than a tile pass over before the next rows: half of a first-level cache.
+// Of rows that more columns than a tile pass over before the next rows: half of a first-level cache, or one group.
 enum { ROW_BYTES = 16 * 1024 };
 // Columns of passes that verify. Wider ones are prompts: there ggml is as quick for F16, F32 and the K types.
 enum { VERIFIED = 32 };
@@ -85,13 +86,14 @@ void multiply_rows(const kernel *use, int64_t lo, int64_t hi, int64_t n, int64_t
     for (int64_t first = 0; first < n; first += group) {
         const int64_t end = n < first + group ? n : first + group;
         const int64_t tiles = (end - first + use->tile - 1) / use->tile;
-        int64_t rows = tiles > 1 ? (int64_t)(ROW_BYTES / a_bytes) / LANES * LANES : hi - lo;
-        rows = rows < LANES ? LANES : rows;
+        int64_t rows = tiles > 1 ? (int64_t)(ROW_BYTES / a_bytes) / ROWS_TOGETHER * ROWS_TOGETHER : hi - lo;
+        rows = rows < ROWS_TOGETHER ? ROWS_TOGETHER : rows;
         for (int64_t row = lo; row < hi; row += rows)
             // Tiles of about one width: three columns beside five cost less than one beside seven.
             for (int64_t t = 0; t < tiles; t++) {
                 const int64_t from = first + (end - first) * t / tiles, to = first + (end - first) * (t + 1) / tiles;
-                const job w = {.lo = row,
+                const bool rest = hi - row < ROWS_TOGETHER && hi - lo >= ROWS_TOGETHER;  // goes with some before
+                const job w = {.lo = rest ? hi - ROWS_TOGETHER : row,
                                .hi = row + rows < hi ? row + rows : hi,
                                .k = k,
                                .a = a,
@@ -151,8 +153,8 @@ bool llamafile_sgemm(const compute_params *params, int64_t m, int64_t n, int64_t
         HAND_ON(product_fn, "llamafile_sgemm")
         return handed_on && handed_on(params, m, n, k, a, lda, b, ldb, c, ldc, a_type, b_type, c_type);
     }
-    multiply_rows(use, m * params->thread / params->threads, m * (params->thread + 1) / params->threads, n, k, a,
-                  lda * use->a_bytes, b, ldb * use->b_bytes, c, ldc);
+    multiply_rows(use, first_row(m, params->thread, params->threads), first_row(m, params->thread + 1, params->threads),
+                  n, k, a, lda * use->a_bytes, b, ldb * use->b_bytes, c, ldc);
     return true;
 }
 
@@ -255,7 +257,7 @@ static bool agrees(const kernel *use, dot_fn dot) {
         LONGEST = 199,
         BYTES = sizeof(block_q8_K)
     };  // MOST: tiles of every width
-    enum { FEW = 5 };                                          // rows, less than lanes
+    enum { FEW = 5, INNER = 2 };                               // rows, less than lanes
     static const int lengths[] = {1, 2, 9, 64, 128, LONGEST};  // of a row in blocks: steps of float weights, and rests
     static char a[ROWS * LONGEST * BYTES], b[MOST * LONGEST * BYTES] __attribute__((aligned(8)));
     static float c[ROWS * MOST], wanted[ROWS * MOST], few[FEW];
@@ -285,6 +287,7 @@ static bool agrees(const kernel *use, dot_fn dot) {
             if (memcmp(few, ours, sizeof few)) return false;
             for (int64_t i = 0; i < ROWS; i++) {
                 dot((int)(k * use->block), &theirs[i], 0, a + i * a_bytes, 0, b + j * b_bytes, 0, 1);
+                if (!isfinite(theirs[i])) return false;
                 most = fabsf(theirs[i]) > most ? fabsf(theirs[i]) : most;
             }
             for (int64_t i = 0; i < ROWS; i++)
@@ -294,6 +297,10 @@ static bool agrees(const kernel *use, dot_fn dot) {
         }
         for (int64_t n = 1; n <= MOST; n++) {
             multiply_rows(use, 0, ROWS, n, k, a, a_bytes, b, b_bytes, c, ROWS);
+            if (memcmp(c, wanted, n * ROWS * sizeof *c)) return false;
+            memset(c, 0, sizeof c);  // other rows together, and few of them
+            multiply_rows(use, 0, INNER, n, k, a, a_bytes, b, b_bytes, c, ROWS);
+            multiply_rows(use, INNER, ROWS, n, k, a, a_bytes, b, b_bytes, c, ROWS);
             if (memcmp(c, wanted, n * ROWS * sizeof *c)) return false;
         }
     }

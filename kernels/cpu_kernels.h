@@ -28,8 +28,8 @@ typedef struct { uint8_t ql[SUPER / 2], qh[SUPER / 4]; int8_t scales[SUPER / 16]
 typedef struct { float d; int8_t qs[SUPER]; int16_t sums[SUPER / 16]; } block_q8_K;
 // clang-format on
 
-// Columns of a tile of quantized weights: what the registers hold.
-enum { COLUMNS = 8 };
+// Columns at once of quantized weights, and rows that go together: threads share out whole groups of them.
+enum { COLUMNS = 8, ROWS_TOGETHER = 8 };
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -87,6 +87,13 @@ typedef struct {
         default: TILE(w, WIDEST);                        \
         }                                                \
     }
+
+// The first row of a thread's share, which ends where the next one's begins.
+INLINE int64_t first_row(int64_t rows, int64_t thread, int64_t threads) {
+    const int64_t groups = (rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER;
+    const int64_t first = groups * thread / threads * ROWS_TOGETHER;
+    return first < rows ? first : rows;
+}
 
 // The kernel of a type and row length; NULL where there is none, or where it does not agree with ggml.
 WITHIN const kernel *kernel_of(int type, int64_t blocks);

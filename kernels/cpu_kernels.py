@@ -170,7 +170,7 @@ def _whole(path: Path) -> bool:
 
 
 def preload() -> None:
-    """Load the library, building it the first time (a second or two), so that ggml's calls find it. Before libllama loads."""
+    """Load the library, building it the first time (some seconds), so that ggml's calls find it. Before libllama loads."""
     global _loaded, _state
     if _loaded is not None:
         return
@@ -203,7 +203,7 @@ def library() -> Path | None:
 
 
 def start() -> None:
-    """Compare with ggml's own dot products, bit by bit; compute the formats that agree from now on. After libllama loads."""
+    """Compare with ggml's own dot products; compute the formats that agree from now on. After libllama loads."""
     global _state
     if _loaded is None:
         return
@@ -218,7 +218,7 @@ def start() -> None:
     bits = int(_loaded.dspark_kernels_start(traits))
     types = tuple(word for bit, word in TYPES.items() if bits >> bit & 1)
     if not types:
-        _state = State(problem="ggml's dot products on this machine sum in another order")
+        _state = State(problem="ggml's dot products on this machine are others")
     elif not _reached(ggml):
         _state = State(problem="ggml does not ask for them: another part of this process loaded it first")
     else:

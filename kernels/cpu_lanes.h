@@ -14,7 +14,7 @@
 #include "cpu_kernels.h"
 
 // Rows at once, and words of four weights in a block.
-enum { LANES = 8, WORDS = BLOCK / 4 };
+enum { LANES = ROWS_TOGETHER, WORDS = BLOCK / 4 };
 // Weights are asked for so many groups of eight rows ahead, or fewer, where that is more than a second-level cache has
 // room for.
 enum { GROUPS_AHEAD = 4, BYTES_AHEAD = 96 * 1024 };
@@ -22,7 +22,7 @@ enum { GROUPS_AHEAD = 4, BYTES_AHEAD = 96 * 1024 };
 // ---- columns ----
 
 // A block of a column. Without gaps, so that the rows of weights find room in the cache.
-typedef struct {
+typedef struct __attribute__((may_alias)) {
     int32_t words[WORDS];  // four bytes each
     int32_t less;          // their sum times what weights are raised by, negative
     float scale, sum;      // sum: of the numbers, for formats with a minimum
@@ -32,8 +32,12 @@ enum { PREPARED = sizeof(column) / sizeof(float) * COLUMNS, PREPARED_K = SUPER /
 // The processor multiplies unsigned bytes with signed ones: weights are raised until they are unsigned, and so many
 // times the column's sum is taken off. Bytes raised by 128 need the operation that sums four products at once; where it
 // is missing they give their signs to the column.
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 enum { VNNI = 1 };
+#define DOT_BYTES _mm256_dpbusd_epi32
+#elif defined(__AVXVNNI__)
+enum { VNNI = 1 };
+#define DOT_BYTES _mm256_dpbusd_avx_epi32
 #else
 enum { VNNI = 0 };
 #endif
@@ -160,10 +164,8 @@ INLINE void add_fifth(__m256i bits, __m256i *words) {
 
 // x and the sums of four products each, of unsigned and signed bytes. (The 16-bit way holds 2 * 127 * 128.)
 INLINE __m256i add_dot(__m256i x, __m256i u, __m256i s) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(x, u, s);
-#elif defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(x, u, s);
+#ifdef DOT_BYTES
+    return DOT_BYTES(x, u, s);
 #else
     return _mm256_add_epi32(x, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
 #endif
@@ -289,8 +291,9 @@ INLINE void ask(const char *at, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(at + i, _MM_HINT_T1);
 }
 
-// Fewer rows than lanes go one by one, in all lanes; the last ones of more go with some of those before.
-INLINE void tile_quantized(const job *w, const size_t bytes, const int columns, const block_fn add, const int n) {
+// parts: columns of the prepared ones a block. Fewer rows than lanes go one by one, in all lanes; the last ones of more
+// go with some of those before.
+INLINE void tile_quantized(const job *w, const size_t bytes, const int parts, const block_fn add, const int n) {
     const bool few = w->hi - w->lo < LANES;
     const int64_t ahead = bytes_ahead(LANES * w->a_bytes);
     const size_t apart = few ? 0 : w->a_bytes;
@@ -300,8 +303,8 @@ INLINE void tile_quantized(const job *w, const size_t bytes, const int columns, 
         const column *now = (const column *)w->prepared;
         __m256 sums[COLUMNS];
         for (int j = 0; j < n; j++) sums[j] = _mm256_setzero_ps();
-        for (int64_t k = 0; k < w->k; k++, now += columns * n) {
-            ask(next + k * LANES * bytes, LANES * bytes);
+        for (int64_t k = 0; k < w->k; k++, now += parts * n) {
+            if (!few) ask(next + k * LANES * bytes, LANES * bytes);
             add(row + k * bytes, apart, sums, now, n);
         }
         for (int j = 0; j < n; j++) {
@@ -315,10 +318,10 @@ INLINE void tile_quantized(const job *w, const size_t bytes, const int columns, 
     }
 }
 
-#define TILE(TYPE, BLOCKS)                                                   \
-    INLINE void tile_##TYPE(const job *w, const int n) {                     \
-        tile_quantized(w, sizeof(block_##TYPE), BLOCKS, block_of_##TYPE, n); \
-    }                                                                        \
+#define TILE(TYPE, PARTS)                                                   \
+    INLINE void tile_##TYPE(const job *w, const int n) {                    \
+        tile_quantized(w, sizeof(block_##TYPE), PARTS, block_of_##TYPE, n); \
+    }                                                                       \
     WIDTHS(tile_##TYPE, COLUMNS)
 TILE(q4_0, 1)
 TILE(q5_0, 1)

@@ -1,6 +1,6 @@
-// Tiles of a matrix product in F16 and F32: rows of weights, one after the other, times up to six columns at once.
-// Every sum is taken in the order of ggml's own dot product (vec.cpp of ggml, MIT), with the same lanes, so that the
-// bits are the same; cpu_kernels.c compares them.
+// Tiles of a matrix product in F16, F32 and Q6_K: rows of weights, one after the other, times several columns at once.
+// Every sum is taken in the order of ggml's own dot product (vec.cpp and arch/x86/quants.c of ggml, MIT, whose ways of
+// unpacking bits these are), with the same lanes, so that the bits are the same; cpu_kernels.c compares them.
 
 #pragma once
 

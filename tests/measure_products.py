@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("--depths", default="64,600")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--target", type=Path, help="instead of the embedded one; tests/random_target.py writes any size")
+    parser.add_argument(
+        "--target", type=Path, help="instead of the embedded one; tests/random_target.py writes any size"
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     depths = [int(word) for word in options.depths.split(",")]

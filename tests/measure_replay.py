@@ -103,7 +103,7 @@ class ReplayTarget(TimedTarget):
     """Goes on with the recorded answer, in the time that `costs` say for the depth; a round takes `extra_ms` more."""
 
     def __init__(self, text: Recorded, costs: CostModel, clock: Clock, seed: int, extra_ms: float) -> None:
-        super().__init__(costs.verify, clock, noise=NOISE, n_vocab=2, seed=seed)
+        super().__init__(costs.verify, clock, noise=NOISE, n_vocab=2, seed=seed, switch=costs.switch_ms)
         self.text, self.costs, self.extra_ms = [*text.prompt, *text.answer], costs, extra_ms
         n = max(self.text) + 1
         self.info = replace(self.info, n_vocab=n)

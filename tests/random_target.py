@@ -18,7 +18,7 @@ from synthetic import N_VOCAB, target_path
 
 def write_target(path: Path, *, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, ctx: int = 8192) -> Path:
     """Raises OSError. Takes about 2 bytes of disk a weight, and memory for one matrix."""
-    writer = gguf.GGUFWriter(path, "llama", use_temp_file=False)
+    writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)
     head = hidden // heads
     writer.add_name("random")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
@@ -52,7 +52,7 @@ def write_target(path: Path, *, hidden: int, ffn: int, layers: int, heads: int, 
         vectors += [begin + "attn_norm", begin + "ffn_norm"]
     random = np.random.default_rng(0)
     for name, shape in matrices.items():
-        weights = random.standard_normal(shape, dtype=np.float32) / np.sqrt(shape[1])
+        weights = random.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[1]))
         writer.add_tensor(name + ".weight", weights.astype(np.float16))
     for name in vectors:
         writer.add_tensor(name + ".weight", np.ones(hidden, np.float32))

@@ -31,18 +31,33 @@ class Clock:
 
 
 class TimedTarget(TableTarget):
-    """A TableTarget with a clock: a pass of n tokens takes ms(n), with noise. Sharp: almost deterministic even sampled."""
+    """A TableTarget with a clock: a pass of n tokens takes ms(n), with noise. Sharp: almost deterministic even sampled.
+
+    switch: ms that a pass of another number of tokens than the last takes longer
+    """
 
     def __init__(
-        self, ms: Curve, clock: Clock, *, noise: float = 0.0, n_vocab: int = 20, seed: int = 0, n_seq: int = 1
+        self,
+        ms: Curve,
+        clock: Clock,
+        *,
+        noise: float = 0.0,
+        n_vocab: int = 20,
+        seed: int = 0,
+        n_seq: int = 1,
+        switch: float = 0.0,
     ) -> None:
         super().__init__(n_vocab, seed=seed, n_seq=n_seq, n_ctx=100_000, spread=10.0)
-        self.ms, self.clock, self.noise = ms, clock, noise
+        self.ms, self.clock, self.noise, self.switch = ms, clock, noise, switch
+        self._last = (0, 0)  # of the last pass: tokens, rows of logits
         self._random = np.random.default_rng(seed)
 
     def step(self, rows: Sequence[Row]) -> list[RowOutput]:
         outputs = super().step(rows)
-        ms = self.pass_ms(sum(len(r.tokens) for r in rows)) * float(np.exp(self._random.normal(0.0, self.noise)))
+        shape = (sum(len(r.tokens) for r in rows), sum(len(o.logits) for o in outputs))
+        ms = self.pass_ms(shape[0]) + self.switch * (shape != self._last)
+        ms *= float(np.exp(self._random.normal(0.0, self.noise)))
+        self._last = shape
         self.clock.spend(ms)
         self.native_ms += ms
         return outputs
@@ -136,13 +151,21 @@ class Machine:
     block_size: int = 4
     noise: float = 0.05
     n_seq: int = 1
+    switch: float = 0.0
 
     def costs(self) -> CostModel:
         """What a perfect profile would say."""
         many = None
         if self.n_seq > 1:
             many = self.n_seq, Curve({n: ms * (1 + self.each * (self.n_seq - 1)) for n, ms in self.draft.items()})
-        return CostModel(Curve(self.verify), draft=Curve(self.draft), several=many, own_ms=0.0, pass_own_ms=0.0)
+        return CostModel(
+            Curve(self.verify),
+            draft=Curve(self.draft),
+            several=many,
+            own_ms=0.0,
+            pass_own_ms=0.0,
+            switch_ms=self.switch,
+        )
 
     def run(
         self,
@@ -156,7 +179,9 @@ class Machine:
     ) -> tuple[float, list[Round]]:
         """(tokens per second of decoding, rounds)."""
         clock = Clock()
-        target = TimedTarget(Curve(self.verify), clock, noise=self.noise, seed=seed, n_seq=self.n_seq)
+        target = TimedTarget(
+            Curve(self.verify), clock, noise=self.noise, seed=seed, n_seq=self.n_seq, switch=self.switch
+        )
         drafter = TimedDrafter(
             target, self.quality, ms=Curve(self.draft), each=self.each, block_size=self.block_size, seed=seed + 1
         )

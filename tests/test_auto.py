@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import fmean
 
 import numpy as np
@@ -87,6 +88,36 @@ def test_as_fast_as_the_best_fixed_length(quality: Quality, verify: str) -> None
     machine = Machine(quality, **({"verify": FLAT} if verify == "flat" else {}))
     best = max(speed(machine, make, 1200) for make in (Off, *(lambda n=n: Fixed(n) for n in range(1, 5))))
     assert speed(machine, lambda: auto(machine), 1200) > 0.96 * best
+
+
+def test_the_number_of_tokens_stays_where_little_is_gained_by_changing_it() -> None:
+    """A pass of another number of tokens than the last takes longer. Choosing by that is quicker than believing that every pass
+    wider than a plain one takes longer, as it does where every round chooses anew.
+    """
+    curve = {n: 10 + 0.8 * (n - 1) for n in range(1, 18)}
+    machine = Machine(honest(0.3, 0.95), verify=curve, switch=1.0)
+
+    def believing_it_always_paid() -> AutoSchedule:
+        costs = machine.costs()
+        costs.verify, costs.switch_ms = Curve({n: ms + (n > 1) for n, ms in curve.items()}), 0.0
+        return AutoSchedule(costs)
+
+    def changes(make: Callable[[], Schedule]) -> float:
+        widths = [r.verified for r in machine.run(make(), 400)[1] if not r.is_prefill]
+        return fmean(a != b for a, b in pairwise(widths))
+
+    assert changes(lambda: auto(machine)) < 0.8 * changes(believing_it_always_paid)
+    assert speed(machine, lambda: auto(machine), 400) > 1.01 * speed(machine, believing_it_always_paid, 400)
+
+
+def test_what_building_a_graph_took_is_not_put_down_to_the_width() -> None:
+    machine = Machine(steady(0.7, 0.7), switch=3.0, noise=0.0)
+    schedule = auto(machine)
+    machine.run(schedule, 400)
+    costs = schedule.costs
+    assert costs.drift == pytest.approx(1.0, abs=0.02)
+    for tokens, ms in machine.verify.items():
+        assert costs.verify.at(tokens) == pytest.approx(ms, rel=0.03), tokens
 
 
 def test_a_wrong_profile_is_mended_on_the_way() -> None:

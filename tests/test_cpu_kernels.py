@@ -111,9 +111,11 @@ def by_dot(word: str, a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
     return c
 
 
-def product(word: str, a: np.ndarray, b: np.ndarray, k: int, *, threads: int, apart: int = 0) -> np.ndarray | None:
+def product(
+    word: str, a: np.ndarray, b: np.ndarray, k: int, *, threads: int, apart: int = 0, by: Any = None
+) -> np.ndarray | None:
     """float32 [n, m] as our function computes it, thread after thread; None if it leaves it to ggml. apart: floats between
-    the columns of the result, which must stay as they are.
+    the columns of the result, which must stay as they are; by: another build of our library.
     """
     library = ggml()
     m, n, type_ = len(a), len(b), TYPES[word]
@@ -121,7 +123,7 @@ def product(word: str, a: np.ndarray, b: np.ndarray, k: int, *, threads: int, ap
     c = np.full((n, m + apart), 7.0, np.float32)
     long = ctypes.c_int64
     for thread in range(threads):
-        done = cpu_kernels._loaded.llamafile_sgemm(
+        done = (by or cpu_kernels._loaded).llamafile_sgemm(
             ctypes.byref(Params(thread, threads)),
             *(long(m), long(n), long(blocks)),
             *(ctypes.c_void_p(a.ctypes.data), long(a.strides[0] // library.ggml_type_size(type_))),
@@ -141,21 +143,36 @@ def test_they_are_used_here() -> None:
     assert len(cpu_kernels.state().types) > 0
 
 
+def built(to: Path, *flags: str) -> Path:
+    command = [*(cpu_kernels.compiler() or []), *cpu_kernels.FLAGS, *flags]
+    sources = map(str, cpu_kernels.SOURCES)
+    subprocess.run([*command, "-o", str(to), *sources, "-lm"], check=True, capture_output=True, timeout=120)
+    return to
+
+
 def test_the_way_of_processors_without_avx_512(tmp_path: Path) -> None:
-    """Quantized formats sum alike with and without it; ggml's floats do not, where ggml was built with it."""
-    library = tmp_path / "narrow.so"
-    command = [*(cpu_kernels.compiler() or []), *cpu_kernels.FLAGS, "-mno-avx512f", "-mno-avxvnni"]
-    subprocess.run(
-        [*command, "-o", str(library), *map(str, cpu_kernels.SOURCES), "-lm"],
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    narrow = ctypes.CDLL(str(library))
+    """Quantized formats say the same bits with and without it; ggml's floats do not, where ggml was built with it."""
+    narrow = ctypes.CDLL(str(built(tmp_path / "narrow.so", "-mno-avx512f", "-mno-avxvnni")))
     narrow.dspark_kernels_start.restype = ctypes.c_uint64
     bits = narrow.dspark_kernels_start(ctypes.cast(ggml().ggml_get_type_traits_cpu, ctypes.c_void_p))
     taken = {word for word, number in TYPES.items() if bits >> number & 1}
     assert taken >= set(cpu_kernels.state().types) - {"F16", "F32"}
+    rng = np.random.default_rng(1)
+    for word in taken - {"F16", "F32"}:
+        a = quantized(word, rng.normal(size=(13, 512)).astype(np.float32))
+        b = as_columns(word, rng.normal(size=(9, 512)).astype(np.float32))
+        both = [product(word, a, b, 512, threads=2, by=library) for library in (None, narrow)]
+        assert np.array_equal(*both), word
+
+
+def test_the_way_of_processors_with_avx_vnni_compiles(tmp_path: Path) -> None:
+    """Where it cannot be run: clients of Intel since 2021 have it without AVX-512."""
+    try:
+        built(tmp_path / "vnni.so", "-march=alderlake")
+    except subprocess.CalledProcessError as error:
+        if b"alderlake" in error.stderr:
+            pytest.skip("this compiler does not know such processors")
+        raise
 
 
 @pytest.mark.parametrize("word", list(COLUMNS))
@@ -200,7 +217,7 @@ def test_what_is_left_to_ggml() -> None:
         asked.restype = ctypes.c_bool
         return bool(asked(ctypes.c_int64(n), ctypes.c_int64(k), TYPES[word], COLUMNS[word], F32))
 
-    for word, k, n in (("F16", 64, 33), ("F32", 64, 33), ("F32", 65, 2), ("F16", 60000, 2)):
+    for word, k, n in (("F16", 64, 33), ("F32", 64, 33), ("F32", 65, 2), ("F16", 100000, 2), ("Q4_K", 400, 2)):
         assert not covered(word, n, k), (word, k, n)
     assert covered("F16", 32, 64)
     assert covered("F32", 32, 64)
@@ -305,9 +322,7 @@ def test_a_target_says_the_same_bits_in_passes_of_any_width(form: str, embedded_
     beyond 256 tokens of context, where flash attention adds up in another order.
     """
     if not cpu_kernels.complete():
-        pytest.skip(
-            f"ggml's dot products sum in another order on this machine; those of {cpu_kernels.state().types} do not"
-        )
+        pytest.skip(f"ggml's dot products are others on this machine; those of {cpu_kernels.state().types} do not")
     assert few_sequences(form) >= 1
     tokens = [int(token) for token in np.random.default_rng(5).integers(1000, 40000, 320)]
     path = requantize(embedded_gguf, form, tmp_path)
@@ -324,7 +339,7 @@ def test_a_target_says_the_same_bits_in_passes_of_any_width(form: str, embedded_
 
 def test_several_sequences_in_a_pass_change_no_bit_of_each_other(embedded_gguf: Path) -> None:
     if not cpu_kernels.complete():
-        pytest.skip("ggml's dot products sum in another order on this machine")
+        pytest.skip("ggml's dot products are others on this machine")
     rng = np.random.default_rng(6)
     with LlamaCppTarget(embedded_gguf, ContextOptions(ctx=256, n_seq=3, flash_attn="off")) as target:
         for seq in range(3):

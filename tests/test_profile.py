@@ -16,7 +16,7 @@ from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.engine.auto import AutoSchedule
 from dspark_cli.engine.beliefs import CalibrationFile, load_beliefs, own_path, sha256_of, shipped_path
-from dspark_cli.engine.costs import Curve
+from dspark_cli.engine.costs import CostModel, Curve
 from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.profile import Job, Place, Profile, costs_of, measure
 from dspark_cli.engine.rounds import Request
@@ -57,6 +57,23 @@ def test_finds_the_jags_of_the_machine_within_its_time() -> None:
     assert curve[4] < curve[3]
     assert costs.pass_ms(1, 4) == pytest.approx(4.5, rel=0.1)
     assert target.length(0) == 0
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+def test_what_another_width_costs_beside_its_tokens_is_measured(noise: float) -> None:
+    """libllama builds a graph for it: passes that repeat a width do without."""
+    target, drafter, clock = pair(noise=noise)
+    target.switch = 1.5
+    costs = measure(target, drafter, seconds=5.0, clock=clock).costs()
+    assert costs.switch_ms == pytest.approx(1.5, abs=0.01 + 20 * noise)
+    for tokens in (1, 2, 3, 4, 5):
+        assert costs.verify.at(tokens) == pytest.approx(JAGGED[tokens], rel=0.01 + 2 * noise)
+    assert CostModel.from_dict(costs.as_dict()).switch_ms == costs.switch_ms
+
+
+def test_without_such_a_cost_none_is_found() -> None:
+    target, drafter, clock = pair()
+    assert measure(target, drafter, seconds=5.0, clock=clock).costs().switch_ms == 0.0
 
 
 def test_depth_is_measured() -> None:
@@ -192,7 +209,7 @@ def saved() -> tuple[Place, list[str]]:
         (lambda text: text[: len(text) // 2], "cannot be read"),
         (lambda text: "", "cannot be read"),
         (lambda text: "[]", "damaged"),
-        (lambda text: text.replace("dspark-profile/2", "dspark-profile/1"), "damaged"),
+        (lambda text: text.replace("dspark-profile/3", "dspark-profile/2"), "another version of dspark"),
         (lambda text: json.dumps({**json.loads(text), "costs": {"verify": {"1": -1}}}), "damaged"),
         (
             lambda text: json.dumps({**json.loads(text), "costs": {**json.loads(text)["costs"], "verify": {}}}),

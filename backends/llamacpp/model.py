@@ -20,8 +20,8 @@ from dspark_cli.kernels import cpu_kernels
 
 #: architecture of a DSpark or DFlash drafter's GGUF
 DRAFTER_ARCHITECTURE = "dflash"
-#: ggml.h: types of tensors that ggml lays out anew for its own products on a CPU, eight rows interleaved
-INTERLEAVED = {2, 12}  # Q4_0, Q4_K
+#: ggml.h: types of tensors; of those that kernels/cpu_kernels.c computes, ggml interleaves eight rows of these two on a CPU
+GGML_Q4_0, GGML_Q4_K = 2, 12
 
 
 class Model:
@@ -107,13 +107,19 @@ class Model:
 def _laid_out_for_ours(path: Path) -> bool:
     """Whether weights stay on a CPU as they lie in the file, where ggml would interleave rows for products of its own:
     kernels/cpu_kernels.c computes them as they lie, several columns for little more than one.
+
+    Not for a mixture of experts in Q4_0, whose products ggml computes; in Q4_K its own layout rounds passes of four tokens and
+    more otherwise than passes of one.
     """
     if not cpu_kernels.complete():
         return False
     try:
-        return any(tensor.kind in INTERLEAVED for tensor in read_header(path).tensors.values())
+        tensors = read_header(path).tensors
     except DsparkError:
         return False  # libllama says what is wrong with it
+    ours = {kind: [name for name, t in tensors.items() if t.kind == kind] for kind in (GGML_Q4_0, GGML_Q4_K)}
+    experts = any("_exps." in name for name in ours[GGML_Q4_0])
+    return bool(ours[GGML_Q4_K]) or (bool(ours[GGML_Q4_0]) and not experts)
 
 
 def _told(progress: Callable[[float], None], stopped: list[BaseException]) -> Any:

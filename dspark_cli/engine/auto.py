@@ -72,10 +72,11 @@ class AutoSchedule(Schedule):
         self._plan = Plan(1, 0.0, (), lambda: np.zeros(1), 0.0, 1.0, 1.0)
         self._recent: deque[Array] = deque(maxlen=48)  # survivals [k] of drafts that passes made
         self._pass_sources: set[str] = set()
-        self._smooth: tuple[Array, int] = (NOTHING, 0)
+        self._smooth: tuple[Array, int, int] = (NOTHING, 0, 0)
         self._parked: str | None = None
         self._asked_earlier = False
         self._room = 1 << 30  # draft tokens that the pass has room for
+        self._width = 0  # tokens of the last pass; 0: of a prompt
         self._trial: Trial | None = None  # drafts that are being watched
         self._watched: Sequence[int] = ()  # of the drafts chosen from last
 
@@ -100,6 +101,7 @@ class AutoSchedule(Schedule):
 
     def begin(self, requests: int) -> None:
         if requests == 1:
+            self._width = 0
             self._budget.renew()
             regime = self._regime(1)
             regime.pass_guard.hasten()
@@ -133,6 +135,9 @@ class AutoSchedule(Schedule):
             alone,
             plain,
             shared * rate / plain,
+            self.costs.switch_ms * self.costs.drift,
+            # Of several requests the number of tokens hardly ever stays, but where none of them drafts.
+            self._width - 1 if shared == 1 else 0,
         )
         return list(limits)
 
@@ -208,7 +213,7 @@ class AutoSchedule(Schedule):
         plan = self._plan
         longest = min(len(survival), (len(plan.verify) - 1) // plan.shared)
         tokens = 1.0 + np.cumsum(survival[:longest])
-        verified = plan.round_ms(plan.shared * longest)[plan.shared :: plan.shared]
+        verified = plan.steady_ms(plan.shared * longest)[plan.shared :: plan.shared]
         drafted = [self.costs.pass_ms(plan.shared, b, plan.depth) for b in range(1, longest + 1)]
         return float((tokens / (verified + drafted)).max(initial=0.0)) * plan.plain
 
@@ -351,26 +356,29 @@ class AutoSchedule(Schedule):
 
         Over all that could have been drafted: how much was is the drafter's knowledge, not the past's.
         """
-        kept, left = self._smooth
+        kept, repeated, left = self._smooth
         size = len(self._plan.verify)
-        if left <= 0 or len(kept) != size:
+        if left <= 0 or len(kept) != size or repeated != self._plan.repeated:
             kept, left = convex_minorant(self._plan.round_ms(size - 1)), REVIEW
-        self._smooth = (kept, left - 1)
+        self._smooth = (kept, self._plan.repeated, left - 1)
         return kept
 
     # -- what came of it -----------------------------------------------------------------------------------------------
 
     def observe(self, outcomes: Sequence[Outcome], times: Times) -> None:
         plan, costs, shared = self._plan, self.costs, len(outcomes)
-        costs.observe_verify(shared, shared + plan.verified, plan.depth, times.verify)
+        width = shared + plan.verified
+        costs.observe_verify(shared, width, plan.depth, times.verify, switched=width != self._width)
+        self._width = width
         if plan.passed:
             costs.observe_pass(plan.asked, times.own, times.inject)
             costs.observe_draft(plan.asked, plan.passed, plan.depth, times.draft)
         else:
             costs.observe_overhead(times.own)
         if not (plan.passed or plan.verified):
-            self._now.count(1.0, 1.0, verified=False)
-            self._budget.observe(1.0, 1.0)
+            cost = 1.0 + plan.extra_ms / plan.plain
+            self._now.count(1.0, cost, verified=False)
+            self._budget.observe(1.0, cost)
         else:
             self._count_round(outcomes, times)
         if plan.logits:

@@ -88,7 +88,8 @@ class Curve:
 class CostModel:
     """Costs of one loaded pair.
 
-    verify:      tokens in the target's pass -> ms, at `depth` cached tokens a sequence
+    verify:      tokens in the target's pass -> ms, at `depth` cached tokens a sequence, where the last pass had as many
+    switch_ms:   what a pass of another number of tokens than the last takes longer: libllama builds its graph anew
     slope:       ms that one more cached token of one sequence adds to a pass: slope[0] + slope[1] * tokens, neither negative
     crowded:     whether those are all tokens of the pass, of whatever sequence; else that sequence's own
     draft:       tokens asked for -> ms of the drafter's pass for one sequence at `depth`; None without a pass
@@ -109,6 +110,7 @@ class CostModel:
     inject: Curve | None = None
     own_ms: float = 0.3
     pass_own_ms: float = 0.3
+    switch_ms: float = 0.0
     measured: bool = True
     drift: float = 1.0
     _shared_verify: dict[int, Curve] = field(default_factory=dict)
@@ -183,10 +185,15 @@ class CostModel:
             self._shared_verify[shared] = Curve(self.verify.known)
         return self._shared_verify[shared]
 
-    def observe_verify(self, shared: int, tokens: int, depth: float, ms: float) -> None:
-        """A pass over `tokens` took `ms`. A clock that stood still or went back is no observation."""
+    def observe_verify(self, shared: int, tokens: int, depth: float, ms: float, *, switched: bool = False) -> None:
+        """A pass over `tokens` took `ms`. A clock that stood still or went back is no observation.
+
+        switched: the pass before had another number of tokens
+        """
         if not 0 < ms < math.inf:
             return
+        if switched:
+            ms = max(ms - self.switch_ms * self.drift, 0.5 * ms)
         ratio = ms / self.verify_at(shared, depth, tokens)
         if not self.measured:
             # The first pass sets the scale of the guess, whatever it is.
@@ -238,6 +245,7 @@ class CostModel:
             "inject": None if self.inject is None else self.inject.known,
             "own_ms": self.own_ms,
             "pass_own_ms": self.pass_own_ms,
+            "switch_ms": self.switch_ms,
         }
 
     @classmethod
@@ -256,8 +264,8 @@ class CostModel:
         verify = curve(raw["verify"])
         draft, inject = (None if raw[name] is None else curve(raw[name]) for name in ("draft", "inject"))
         several = None if raw["several"] is None else (int(raw["several"]["sequences"]), curve(raw["several"]["ms"]))
-        own_ms, pass_own_ms = float(raw["own_ms"]), float(raw["pass_own_ms"])
-        if min(verify.known.values()) <= 0 or not all(0 <= ms < math.inf for ms in (own_ms, pass_own_ms)):
+        own_ms, pass_own_ms, switch_ms = (float(raw[name]) for name in ("own_ms", "pass_own_ms", "switch_ms"))
+        if min(verify.known.values()) <= 0 or not all(0 <= ms < math.inf for ms in (own_ms, pass_own_ms, switch_ms)):
             raise ValueError("not a cost profile")
         if several is not None and several[0] < 2:
             raise ValueError("several sequences are at least 2")
@@ -272,6 +280,7 @@ class CostModel:
             inject,
             own_ms=own_ms,
             pass_own_ms=pass_own_ms,
+            switch_ms=switch_ms,
         )
 
 

@@ -25,7 +25,7 @@ from dspark_cli.backends.base import Drafter, DraftRequest, Row, Target
 from dspark_cli.backends.machine import installed, processor
 from dspark_cli.engine.costs import CostModel, Curve
 
-SCHEMA = "dspark-profile/2"
+SCHEMA = "dspark-profile/3"
 BUDGET_S = 4.0
 SETTLING = (
     2  # passes of a shape on a GPU before one is timed: libllama replays recorded passes only while the shape stays
@@ -74,6 +74,8 @@ class Profile:
     samples: dict[Job, list[float]] = field(default_factory=dict)
     depths: tuple[int, int] = (SHALLOW, SHALLOW)
     crowded: bool = False  # see TargetInfo
+    settled: bool = False  # whether every pass was timed after others of its width
+    switched: list[float] = field(default_factory=list)  # ms of plain passes after one of another width
 
     def add(self, job: Job, ms: float) -> None:
         if ms > 0:  # a clock that stood still or went back measured nothing
@@ -109,6 +111,9 @@ class Profile:
         shared = self.ms("draft", shallow, most) if most > 1 else {}
         inject = {j.sequences: min(s) for j, s in self.samples.items() if j.kind == "inject"}
         verify = self.ms("verify", shallow)
+        switch = self.switch_ms
+        if not self.settled:  # each was timed after a pass of another width, the plain one after its like
+            verify = {n: ms - switch * (n > 1) for n, ms in verify.items()}
         if 1 in verify:  # curves are jagged, but no pass of more tokens does less work than a plain one
             verify[1] = min(verify.values())
         return CostModel(
@@ -120,7 +125,16 @@ class Profile:
             several=(most, Curve(shared)) if drafts and shared else None,
             draft_slope=self._slope("draft"),
             inject=Curve(inject) if inject else None,
+            switch_ms=switch,
         )
+
+    @property
+    def switch_ms(self) -> float:
+        """What a pass takes longer after one of another width, when nobody disturbs either; at most half of a plain one."""
+        plain = self.ms("verify", self.depths[0]).get(1)
+        if plain is None or not self.switched:
+            return 0.0
+        return min(max(0.0, min(self.switched) - plain), 0.5 * plain)
 
     def out_of_line(self) -> list[Job]:
         """Jobs clearly above the line through their nearest two neighbours in tokens, the farthest above it first.
@@ -164,17 +178,19 @@ def measure(
     """Profile a pair in about `seconds`. Uses, and leaves empty, the first `SEVERAL` sequences of both.
 
     Interleaved: every repetition takes all widths in turn, forth and back, so that drift hits them alike. As in a verify pass
-    libllama then builds a graph for another width than the last; plain passes follow one another, so a plain one is run before.
+    libllama then builds a graph for another width than the last; plain passes follow one another, so a plain one is run before,
+    which tells what building a graph takes.
     A width that is measured too dear is never tried, so no round would mend it: what is out of line is timed more often.
     """
     seconds = budget_s() if seconds is None else seconds
-    profile = Profile(crowded=target.info.crowded)
     bench = _Bench(target, drafter, clock)
+    profile = Profile(crowded=target.info.crowded, settled=bench.settling > 0)
     end = clock() + seconds
     if progress is not None:
         bench.tell = lambda: progress(min(1.0, max(0.0, 1.0 - (end - clock()) / seconds)) if seconds else 1.0)
     try:
         depth = bench.fill_all(min(SHALLOW, target.info.n_ctx // 4))
+        profile.depths = (depth, depth)
         end += bench.record([Job("verify", depth, 1)])
         first = max(bench.verify(1) for _ in range(2))  # warm: the first passes build graphs and wake threads
         jobs = [
@@ -224,6 +240,7 @@ class _Bench:
         self.widest = min((drafter.block_size if drafter else 0) + 1, target.max_rows)
         self.pass_block = drafter.pass_block if drafter is not None and drafter.has_pass else 0
         self._sequences = min(SEVERAL, target.info.n_seq) if self.pass_block else 1
+        self.last: Job | None = None  # that was sampled
         self.settling = SETTLING if target.info.backend == "llamacpp" and target.info.device != "cpu" else 0
 
     def widths(self) -> list[int]:
@@ -319,9 +336,14 @@ class _Bench:
                 if self.clock() >= until:
                     return
                 plain = job.kind == "verify" and job.tokens == 1
-                for _ in range(max(self.settling, int(plain))):
-                    self.run(job)
-                profile.add(job, self.run(job))
+                if job == self.last and not plain and not self.settling:
+                    self.verify(1)  # at the turn: timed after another width, as ever
+                before = [self.run(job) for _ in range(max(self.settling, int(plain)))]
+                ms = self.run(job)
+                profile.add(job, ms)
+                if plain and job.depth == profile.depths[0] and self.last not in (None, job) and before[0] > 0:
+                    profile.switched.append(before[0])
+                self.last = job
                 self.tell()
 
     def confirm(self, profile: Profile, plain: Job, seconds: float) -> float:
@@ -399,7 +421,8 @@ class Place:
             return None
         try:
             if raw["schema"] != SCHEMA:
-                raise ValueError(f"schema {raw['schema']!r}")
+                notice(f"the cost profile {self.path.name} is of another version of dspark: measuring again")
+                return None
             if raw["key"] != json.loads(json.dumps(self.key)):
                 changed = next(k for k in {**self.key, **raw["key"]} if self.key.get(k) != raw["key"].get(k))
                 notice(f"the cost profile {self.path.name} is of another {changed.replace('_', ' ')}: measuring again")

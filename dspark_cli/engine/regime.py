@@ -18,6 +18,7 @@ class Plan:
     curve:  computes `verify`, which most rounds of a parked drafter never ask for
     alone:  ms of a pass without draft tokens;  plain: of a round without any
     worth:  tokens that all requests together make in a ms
+    switch: ms that the pass takes longer unless `repeated` draft tokens make it as wide as the last one
     passed: the largest block that the drafter's pass drafts, 0 without a pass;  asked: for how many requests
     pass_ms: what that pass costs
     """
@@ -29,6 +30,8 @@ class Plan:
     alone: float
     plain: float
     worth: float
+    switch: float = 0.0
+    repeated: int = 0
     passed: int = 0
     asked: int = 0
     pass_ms: float = 0.0
@@ -47,17 +50,28 @@ class Plan:
 
     @property
     def extra_ms(self) -> float:
-        """What the draft tokens that are verified add to the pass."""
-        return float(self.verify[self.verified]) - self.alone if self.verified else 0.0
+        """What the pass takes longer than one of plain decoding, which has one like it before it."""
+        wider = float(self.verify[self.verified]) - self.alone if self.verified else 0.0
+        return wider + (0.0 if self.verified == self.repeated else self.switch)
 
     def round_ms(self, size: int) -> Array:
-        """ms [size + 1] of the round by the number of draft tokens it verifies."""
+        """ms [size + 1] of the round by the number of draft tokens it verifies, for choosing one.
+
+        As many as in the last round are cheaper. Not none: a drafting round that verifies nothing would only tempt the next to.
+        """
+        ms = self.steady_ms(size)
+        if 0 < self.repeated <= size:
+            ms[self.repeated] -= self.switch
+        return ms
+
+    def steady_ms(self, size: int) -> Array:
+        """The same where the last round verified as many."""
         return self.verify[: size + 1] + (self.plain - self.alone + self.pass_ms)
 
     def gain(self, survival: Array) -> float:
         """Tokens that verifying the best prefix of a draft gains over not verifying it."""
-        extra = self.verify[1 : len(survival) + 1] - self.alone
-        return max(0.0, float((survival.cumsum() - extra * self.worth).max()))
+        ms = self.round_ms(len(survival))
+        return max(0.0, float((survival.cumsum() - (ms[1:] - ms[0]) * self.worth).max()))
 
 
 @dataclass
