@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 class DraftsPay(CostModel):
     """Costs that no round changes: where this machine's own say that drafts do not pay, `auto` verifies next to nothing."""
 
-    def observe_verify(self, shared: int, tokens: int, depth: float, ms: float) -> None:
+    def observe_verify(self, shared: int, tokens: int, depth: float, ms: float, *, switched: bool = False) -> None:
         pass
 
     def observe_draft(self, shared: int, block: int, depth: float, ms: float) -> None:

@@ -100,6 +100,7 @@ def _findings(session: Session, costs: CostModel, halves: Halves) -> dict[str, A
         "costs": {
             "plain_ms": round(plain, 3),
             "verify_ms": {n: round(float(curve[n]), 3) for n in costs.verify.known},
+            "switch_ms": round(costs.switch_ms, 3),
             "draft_ms": round(costs.pass_ms(1, block, 256), 3),
             "kept": session.profile is not None and session.profile.path.exists(),
         },
@@ -144,6 +145,10 @@ def print_findings(found: dict[str, Any]) -> None:
         table.add_row(str(n), f"{ms:.1f}", f"{ms / plain:.2f}", *off)
     console.print(table)
     console.print(f"off by: from the logits of single tokens (RMS); {_bits(apart)}", highlight=False)
+    if costs["switch_ms"]:
+        console.print(
+            f"another number of tokens than in the pass before: {costs['switch_ms']:.1f} ms more", highlight=False
+        )
     kept = "kept" if costs["kept"] else "not kept"  # a notice said why
     by = costs["draft_ms_by"]
     runners = "" if by is None else " (" + ", ".join(f"{name} {ms:.2f}" for name, ms in by.items()) + ")"

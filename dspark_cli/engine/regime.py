@@ -65,8 +65,11 @@ class Plan:
         return ms
 
     def steady_ms(self, size: int) -> Array:
-        """The same where the last round verified as many."""
-        return self.verify[: size + 1] + (self.plain - self.alone + self.pass_ms)
+        """The same where the last round verified as many; several requests hardly ever do, unless none of them drafts."""
+        ms = self.verify[: size + 1] + (self.plain - self.alone + self.pass_ms)
+        if self.shared > 1:
+            ms[1:] += self.switch
+        return ms
 
     def gain(self, survival: Array) -> float:
         """Tokens that verifying the best prefix of a draft gains over not verifying it."""
