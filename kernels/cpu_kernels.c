@@ -251,13 +251,9 @@ static void fill_sums(block_q8_K *to, int64_t blocks) {
 // Whether a kernel gives what ggml's dot product of that type gives: bit by bit where it sums in the same order, else
 // to what another order may change, and then the same bits at every width and for any rows.
 static bool agrees(const kernel *use, dot_fn dot) {
-    enum {
-        ROWS = 11,
-        MOST = 2 * COLUMNS + 3,
-        LONGEST = 199,
-        BYTES = sizeof(block_q8_K)
-    };  // MOST: tiles of every width
-    enum { FEW = 5, INNER = 2 };                               // rows, less than lanes
+    enum { LONGEST = 199, BYTES = sizeof(block_q8_K) };
+    enum { ROWS = 11, FEW = 5, INNER = 2 };                    // more than go together, and fewer
+    enum { MOST = 2 * COLUMNS + 3 };                           // columns: tiles of every width
     static const int lengths[] = {1, 2, 9, 64, 128, LONGEST};  // of a row in blocks: steps of float weights, and rests
     static char a[ROWS * LONGEST * BYTES], b[MOST * LONGEST * BYTES] __attribute__((aligned(8)));
     static float c[ROWS * MOST], wanted[ROWS * MOST], few[FEW];

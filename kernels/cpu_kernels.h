@@ -11,9 +11,7 @@
 // ggml.h
 // clang-format off
 enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q8_1 = 9, Q4_K = 12, Q5_K = 13, Q6_K = 14, Q8_K = 15 };
-// clang-format on
 
-// clang-format off
 // ggml-common.h: 32 weights a block, 256 where the name ends with K
 enum { BLOCK = 32, SUPER = 256 };
 typedef struct { uint16_t d; uint8_t qs[BLOCK / 2]; } block_q4_0;

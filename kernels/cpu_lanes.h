@@ -192,35 +192,28 @@ INLINE void add_minimums(__m256 *sums, __m256 minimums, const column *columns, c
 
 // ---- formats: block number k of eight rows ----
 
-INLINE void block_of_q4_0(const char *at, size_t apart, __m256 *sums, const column *columns, const int n) {
+// Four bits a weight at `qs`; a fifth at `qh`, unless that is 0; behind the scale a minimum or not.
+INLINE void block_of_nibbles(const char *at, size_t apart, __m256 *sums, const column *columns, const size_t qs,
+                             const size_t qh, const bool minimum, const int n) {
     __m256i words[WORDS];
-    nibbles(at + offsetof(block_q4_0, qs), apart, words);
-    add_block(sums, words, half_of_rows(at, apart), columns, false, n);
+    nibbles(at + qs, apart, words);
+    if (qh) add_fifth(word_of_rows(at + qh, apart), words);
+    if (minimum) {
+        const __m256i both = word_of_rows(at, apart);
+        add_block(sums, words, lower_halves(both), columns, false, n);
+        add_minimums(sums, upper_halves(both), columns, n);
+    } else {
+        add_block(sums, words, half_of_rows(at, apart), columns, false, n);
+    }
 }
-
-INLINE void block_of_q5_0(const char *at, size_t apart, __m256 *sums, const column *columns, const int n) {
-    __m256i words[WORDS];
-    nibbles(at + offsetof(block_q5_0, qs), apart, words);
-    add_fifth(word_of_rows(at + offsetof(block_q5_0, qh), apart), words);
-    add_block(sums, words, half_of_rows(at, apart), columns, false, n);
-}
-
-INLINE void block_of_q4_1(const char *at, size_t apart, __m256 *sums, const column *columns, const int n) {
-    __m256i words[WORDS];
-    nibbles(at + offsetof(block_q4_1, qs), apart, words);
-    const __m256i both = word_of_rows(at, apart);
-    add_block(sums, words, lower_halves(both), columns, false, n);
-    add_minimums(sums, upper_halves(both), columns, n);
-}
-
-INLINE void block_of_q5_1(const char *at, size_t apart, __m256 *sums, const column *columns, const int n) {
-    __m256i words[WORDS];
-    nibbles(at + offsetof(block_q5_1, qs), apart, words);
-    add_fifth(word_of_rows(at + offsetof(block_q5_1, qh), apart), words);
-    const __m256i both = word_of_rows(at, apart);
-    add_block(sums, words, lower_halves(both), columns, false, n);
-    add_minimums(sums, upper_halves(both), columns, n);
-}
+#define NIBBLES(TYPE, QH, MINIMUM)                                                                                \
+    INLINE void block_of_##TYPE(const char *at, size_t apart, __m256 *sums, const column *columns, const int n) { \
+        block_of_nibbles(at, apart, sums, columns, offsetof(block_##TYPE, qs), QH, MINIMUM, n);                   \
+    }
+NIBBLES(q4_0, 0, false)
+NIBBLES(q5_0, offsetof(block_q5_0, qh), false)
+NIBBLES(q4_1, 0, true)
+NIBBLES(q5_1, offsetof(block_q5_1, qh), true)
 
 INLINE void block_of_q8_0(const char *at, size_t apart, __m256 *sums, const column *columns, const int n) {
     __m256i words[WORDS];

@@ -17,9 +17,13 @@ import numpy as np
 import pytest
 
 from dspark_cli.backends.base import Row
-from dspark_cli.backends.llamacpp import native  # noqa: F401  (loads libllama)
+from dspark_cli.backends.llamacpp import (
+    model,
+    native,  # noqa: F401  (loads libllama)
+)
 from dspark_cli.backends.llamacpp.attention import few_sequences
 from dspark_cli.backends.llamacpp.context import ContextOptions
+from dspark_cli.backends.llamacpp.header import Header, TensorInfo
 from dspark_cli.backends.llamacpp.target import LlamaCppTarget
 from dspark_cli.bench.formats import requantize
 from dspark_cli.kernels import cpu_kernels
@@ -198,6 +202,28 @@ def test_products(word: str) -> None:
         assert np.array_equal(product(word, a[5:32], b[:5], k, threads=threads), alone[:5, 5:32]), threads
     assert np.array_equal(product(word, a[:2], b[:5], k, threads=7, apart=3), alone[:5, :2])
     assert np.array_equal(product(word, a[::3], b[:32:2], k, threads=3), alone[:32:2, ::3])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "stay"),
+    [
+        ({"blk.0.attn_q.weight": "Q4_0"}, True),
+        ({"blk.0.attn_q.weight": "Q4_K", "output.weight": "Q6_K"}, True),
+        ({"blk.0.attn_q.weight": "Q8_0"}, False),
+        ({"blk.0.attn_q.weight": "Q4_0", "blk.0.ffn_up_exps.weight": "Q4_0"}, False),
+        ({"blk.0.attn_q.weight": "Q4_0", "blk.0.ffn_up_exps.weight": "Q8_0"}, True),
+    ],
+)
+def test_which_weights_stay_as_they_lie(
+    tensors: dict[str, str], stay: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those that ggml would interleave and we compute; experts are computed by ggml."""
+    header = Header({}, {}, {name: TensorInfo((8, 256), TYPES[word], 0) for name, word in tensors.items()})
+    monkeypatch.setattr(model, "read_header", lambda path: header)
+    monkeypatch.setattr(cpu_kernels, "complete", lambda: True)
+    assert model._laid_out_for_ours(tmp_path) is stay
+    monkeypatch.setattr(cpu_kernels, "complete", lambda: False)
+    assert not model._laid_out_for_ours(tmp_path)
 
 
 def test_rows_of_halves_need_not_be_whole_steps() -> None:

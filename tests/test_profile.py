@@ -71,6 +71,16 @@ def test_what_another_width_costs_beside_its_tokens_is_measured(noise: float) ->
     assert CostModel.from_dict(costs.as_dict()).switch_ms == costs.switch_ms
 
 
+def test_it_is_measured_without_a_drafter_too() -> None:
+    """The widest pass ends one repetition and begins the next then: it must not be taken for a repeated one."""
+    target, _, clock = pair()
+    target.switch = 1.5
+    costs = measure(target, LookupDrafter(), seconds=5.0, clock=clock).costs()
+    assert costs.switch_ms == pytest.approx(1.5, abs=0.01)
+    for tokens in (1, 2, 4, 17):
+        assert costs.verify.at(tokens) == pytest.approx(JAGGED[tokens], rel=0.01)
+
+
 def test_without_such_a_cost_none_is_found() -> None:
     target, drafter, clock = pair()
     assert measure(target, drafter, seconds=5.0, clock=clock).costs().switch_ms == 0.0

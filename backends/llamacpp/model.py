@@ -117,9 +117,9 @@ def _laid_out_for_ours(path: Path) -> bool:
         tensors = read_header(path).tensors
     except DsparkError:
         return False  # libllama says what is wrong with it
-    ours = {kind: [name for name, t in tensors.items() if t.kind == kind] for kind in (GGML_Q4_0, GGML_Q4_K)}
-    experts = any("_exps." in name for name in ours[GGML_Q4_0])
-    return bool(ours[GGML_Q4_K]) or (bool(ours[GGML_Q4_0]) and not experts)
+    kinds = {tensor.kind for tensor in tensors.values()}
+    experts = any(tensor.kind == GGML_Q4_0 and "_exps." in name for name, tensor in tensors.items())
+    return GGML_Q4_K in kinds or (GGML_Q4_0 in kinds and not experts)
 
 
 def _told(progress: Callable[[float], None], stopped: list[BaseException]) -> Any:

@@ -76,7 +76,7 @@ class AutoSchedule(Schedule):
         self._parked: str | None = None
         self._asked_earlier = False
         self._room = 1 << 30  # draft tokens that the pass has room for
-        self._width = 0  # tokens of the last pass; 0: of a prompt
+        self._width = 0  # tokens of the last pass; 0: there was a prompt in it
         self._trial: Trial | None = None  # drafts that are being watched
         self._watched: Sequence[int] = ()  # of the drafts chosen from last
 
@@ -369,7 +369,7 @@ class AutoSchedule(Schedule):
         plan, costs, shared = self._plan, self.costs, len(outcomes)
         width = shared + plan.verified
         costs.observe_verify(shared, width, plan.depth, times.verify, switched=width != self._width)
-        self._width = width
+        self._width = width if times.verify else 0  # without a time it had parts of prompts in it
         if plan.passed:
             costs.observe_pass(plan.asked, times.own, times.inject)
             costs.observe_draft(plan.asked, plan.passed, plan.depth, times.draft)

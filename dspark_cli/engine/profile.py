@@ -336,7 +336,7 @@ class _Bench:
                 if self.clock() >= until:
                     return
                 plain = job.kind == "verify" and job.tokens == 1
-                if job == self.last and not plain and not self.settling:
+                if job == self.last and job.kind == "verify" and not plain and not self.settling:
                     self.verify(1)  # at the turn: timed after another width, as ever
                 before = [self.run(job) for _ in range(max(self.settling, int(plain)))]
                 ms = self.run(job)
