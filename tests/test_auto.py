@@ -15,7 +15,7 @@ from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.engine.auto import AutoSchedule
 from dspark_cli.engine.beliefs import Belief
 from dspark_cli.engine.costs import CostModel, Curve
-from dspark_cli.engine.guard import LENT, LENT_SHARE, LOOK_AFTER, LOOK_SHARE, TRIAL_SHARE, Guard
+from dspark_cli.engine.guard import LENT, LENT_SHARE, LENT_TRUSTED, LOOK_AFTER, LOOK_SHARE, TRIAL_SHARE, Guard
 from dspark_cli.engine.rounds import Request, Round, SamplingOptions
 from dspark_cli.engine.schedule import Fixed, Off, Outcome, Schedule
 from dspark_cli.engine.session import first_difference
@@ -55,19 +55,25 @@ def test_a_useless_drafter_costs_at_most_3_percent_of_200_tokens(quality: str, v
     assert speed(machine, lambda: auto(machine), 1000) > 0.99 * plain
 
 
-def test_an_answer_loses_no_more_than_its_budget_even_to_a_guard_that_lets_everything_pass() -> None:
-    """The guard decides by averages; the budget holds for each answer. One more round may be on its way when it is spent."""
+@pytest.mark.parametrize("known, lent", [(None, LENT), ((0.3, 0.1, 0.0, 0.0), LENT), ((0.9, 0.8, 0.7, 0.6), LENT_TRUSTED)])
+def test_an_answer_loses_no_more_than_its_budget_even_to_a_guard_that_lets_everything_pass(
+    known: tuple[float, ...] | None, lent: float
+) -> None:
+    """The guard decides by averages; the budget holds for each answer, and is larger where earlier runs promise a gain.
+    One more round may be on its way when it is spent."""
 
     def credulous(requests: int = 1, **_: object) -> Guard:
-        return Guard(patience=(1e9, 1e9), trusted=True, requests=requests)
+        guard = Guard(patience=(1e9, 1e9), trusted=True, requests=requests)
+        guard.park = lambda *_, **__: None  # type: ignore[method-assign]
+        return guard
 
     machine = Machine(USELESS["sure of itself"], noise=0.0)
-    schedule = auto(machine, guard=credulous)
+    schedule = auto(machine, guard=credulous, beliefs={"timed": Belief(survival=known)} if known else {})
     plain_ms, dearest = 10.0, 3.5 + 22.0
     for tokens in (50, 100, 400):
         tok_s, rounds = machine.run(schedule, tokens)
         lost = (tokens - 1) * (1e3 / tok_s) / plain_ms - (tokens - 1)
-        assert 1.0 < lost < LENT + LENT_SHARE * tokens + dearest / plain_ms
+        assert lent - 0.5 < lost < lent + LENT_SHARE * tokens + dearest / plain_ms
     assert rounds[-1].parked == f"{-schedule._budget.gained:.1f} tokens behind plain decoding on this answer"
 
 

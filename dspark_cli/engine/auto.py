@@ -16,7 +16,7 @@ from dspark_cli.backends.base import Draft
 from dspark_cli.engine.admission import Array, admit, convex_minorant
 from dspark_cli.engine.beliefs import NOTHING, Belief
 from dspark_cli.engine.costs import CostModel
-from dspark_cli.engine.guard import Budget, Guard
+from dspark_cli.engine.guard import LENT, LENT_TRUSTED, Budget, Guard
 from dspark_cli.engine.regime import Plan, Regime, Trial
 from dspark_cli.engine.rounds import Times
 from dspark_cli.engine.schedule import Outcome, Schedule, likely
@@ -72,7 +72,8 @@ class AutoSchedule(Schedule):
         self._plan = Plan(1, 0.0, (), lambda: np.zeros(1), 0.0, 1.0, 1.0)
         self._recent: deque[Array] = deque(maxlen=48)  # survivals [k] of drafts that passes made
         self._pass_sources: set[str] = set()
-        self._smooth: tuple[Array, int, int] = (NOTHING, 0, 0)
+        self._smooth: dict[int, Array] = {}  # by the number of tokens that would repeat the last pass
+        self._smooth_left = 0
         self._parked: str | None = None
         self._asked_earlier = False
         self._room = 1 << 30  # draft tokens that the pass has room for
@@ -198,6 +199,7 @@ class AutoSchedule(Schedule):
         now.pass_guard = self._guard(
             trusted=rate >= TRUSTED, hopeful=rate >= HOPELESS, requests=now.pass_guard.requests
         )
+        self._budget.lent = LENT_TRUSTED if rate >= TRUSTED else LENT
         if rate < HOPELESS:
             trial = self.costs.pass_ms(min(plan.shared, WATCHED), block, plan.depth)
             now.pass_guard.park(rate, "expected", trial=2 * trial / plan.plain)
@@ -356,11 +358,15 @@ class AutoSchedule(Schedule):
 
         Over all that could have been drafted: how much was is the drafter's knowledge, not the past's.
         """
-        kept, repeated, left = self._smooth
-        size = len(self._plan.verify)
-        if left <= 0 or len(kept) != size or repeated != self._plan.repeated:
-            kept, left = convex_minorant(self._plan.round_ms(size - 1)), REVIEW
-        self._smooth = (kept, self._plan.repeated, left - 1)
+        plan, size = self._plan, len(self._plan.verify)
+        repeated = plan.repeated if plan.switch else 0
+        kept = self._smooth.get(repeated)
+        self._smooth_left -= 1
+        if kept is None or len(kept) != size or self._smooth_left <= 0:
+            if self._smooth_left <= 0:
+                self._smooth.clear()
+                self._smooth_left = REVIEW
+            kept = self._smooth[repeated] = convex_minorant(plan.round_ms(size - 1))
         return kept
 
     # -- what came of it -----------------------------------------------------------------------------------------------

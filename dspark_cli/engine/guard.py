@@ -21,6 +21,7 @@ NEAR = 0.9  # a speed over plain decoding that another text may well lift above 
 LOOK_SHARE = 0.015  # of an answer that a trial at its beginning may take, where other texts are drafted well
 LOOK_AFTER = 6  # rounds into the answer: its first words are much the same whatever follows
 LENT = 1.5  # tokens that an answer may lose to speculation before it has gained any
+LENT_TRUSTED = 3.0  # the same where earlier runs promise a gain: stopping early there costs more than it saves (docs/bench.md)
 LENT_SHARE = 0.01  # of its rounds, on top of that
 
 
@@ -30,8 +31,11 @@ class Budget:
 
     Trials that fail and drafts that are refused add up, each for good reasons, and a short answer has no time to earn it back.
     Where several answers are decoded at once the account is a mean over them and goes on from one to the next.
+
+    lent: tokens that may be lost before any were gained
     """
 
+    lent: float = LENT
     gained: float = 0.0
     rounds: int = 0
 
@@ -46,7 +50,7 @@ class Budget:
 
     @property
     def spent(self) -> bool:
-        return self.gained < -(LENT + LENT_SHARE * self.rounds)
+        return self.gained < -(self.lent + LENT_SHARE * self.rounds)
 
 
 @dataclass
