@@ -55,7 +55,9 @@ def test_a_useless_drafter_costs_at_most_3_percent_of_200_tokens(quality: str, v
     assert speed(machine, lambda: auto(machine), 1000) > 0.99 * plain
 
 
-@pytest.mark.parametrize("known, lent", [(None, LENT), ((0.3, 0.1, 0.0, 0.0), LENT), ((0.9, 0.8, 0.7, 0.6), LENT_TRUSTED)])
+@pytest.mark.parametrize(
+    ("known", "lent"), [(None, LENT), ((0.3, 0.1, 0.0, 0.0), LENT), ((0.9, 0.8, 0.7, 0.6), LENT_TRUSTED)]
+)
 def test_an_answer_loses_no_more_than_its_budget_even_to_a_guard_that_lets_everything_pass(
     known: tuple[float, ...] | None, lent: float
 ) -> None:

@@ -21,7 +21,8 @@ NEAR = 0.9  # a speed over plain decoding that another text may well lift above 
 LOOK_SHARE = 0.015  # of an answer that a trial at its beginning may take, where other texts are drafted well
 LOOK_AFTER = 6  # rounds into the answer: its first words are much the same whatever follows
 LENT = 1.5  # tokens that an answer may lose to speculation before it has gained any
-LENT_TRUSTED = 3.0  # the same where earlier runs promise a gain: stopping early there costs more than it saves (docs/bench.md)
+# Where earlier runs promise a gain, stopping early costs more than it saves (docs/bench.md).
+LENT_TRUSTED = 3.0
 LENT_SHARE = 0.01  # of its rounds, on top of that
 
 
