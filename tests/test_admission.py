@@ -197,7 +197,7 @@ class TestCosts:
         costs.observe_draft(1, 3, 0.0, ms)
         costs.observe_overhead(-1.0)
         costs.observe_pass(1, float("nan"), ms)
-        assert costs.verify_ms(1, 0, 2).tolist() == [0.0, 10.0, 14.0]
+        assert costs.verify_ms(1, 0, 2) == [0.0, 10.0, 14.0]
         assert costs.pass_ms(1, 3) == 2.0
         assert costs.own_ms == 0.3
 

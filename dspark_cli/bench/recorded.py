@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from dspark_cli.backends.base import Drafter
 from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.bench.prompts import KINDS
 from dspark_cli.engine.admission import admit
+from dspark_cli.engine.beliefs import products
 from dspark_cli.engine.calibration import GRID, Recorded, Sts, brier, ece, fit_sts, pooled, report
 from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.decode import Engine
@@ -101,18 +100,19 @@ def calibrate(halves: Halves) -> tuple[Sts, dict[str, Any]]:
 
 def schedule_for(costs: CostModel, confidence: float, block: int, *, depth: int = 256) -> dict[str, Any]:
     """What `auto` does if every round looks like this: tokens verified, and the speed over plain decoding."""
-    return _planned(costs, np.cumprod(np.full(block, confidence)), block, depth) | {"confidence": confidence}
+    return _planned(costs, products([confidence] * block), block, depth) | {"confidence": confidence}
 
 
 def expected_speed(costs: CostModel, survival: Sequence[float], block: int, *, depth: int = 256) -> dict[str, Any]:
     """The same for mean survivals by position."""
-    return _planned(costs, np.asarray(survival, dtype=np.float64), block, depth)
+    return _planned(costs, survival, block, depth)
 
 
-def _planned(costs: CostModel, survival: np.ndarray[Any, Any], block: int, depth: int) -> dict[str, Any]:
+def _planned(costs: CostModel, survival: Sequence[float], block: int, depth: int) -> dict[str, Any]:
     plain = costs.plain_ms(1, depth)
-    ms = costs.verify_ms(1, depth, 1 + len(survival))[1:] + costs.own_ms + costs.pass_ms(1, block, depth)
+    beside = costs.own_ms + costs.pass_ms(1, block, depth)
+    ms = [verify + beside for verify in costs.verify_ms(1, depth, 1 + len(survival), start=1)]
     length = admit([survival], ms, early_stop=False)[0]
-    rate = (1.0 + float(survival[:length].sum())) / float(ms[length]) * plain
+    rate = (1.0 + sum(survival[:length])) / ms[length] * plain
     # Below 1 the drafter is parked: plain decoding, now and then a probe.
     return {"verify": length if rate > 1.0 else 0, "speed": round(max(1.0, rate), 4)}

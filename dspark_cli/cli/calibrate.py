@@ -99,7 +99,7 @@ def _findings(session: Session, costs: CostModel, halves: Halves) -> dict[str, A
         "drafter": session.drafter.name if session.drafter else None,
         "costs": {
             "plain_ms": round(plain, 3),
-            "verify_ms": {n: round(float(curve[n]), 3) for n in costs.verify.known},
+            "verify_ms": {n: round(curve[n], 3) for n in costs.verify.known},
             "switch_ms": round(costs.switch_ms, 3),
             "draft_ms": round(costs.pass_ms(1, block, 256), 3),
             "kept": session.profile is not None and session.profile.path.exists(),

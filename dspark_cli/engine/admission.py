@@ -9,14 +9,16 @@ carried it is the paper's Theta, with the drafter's cost inside ms.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+#: Survivals [k] of a draft, or ms [n] by tokens. Numbers and not arrays: they are few, and each call of numpy takes some
+#: microseconds here, between passes that leave nothing in the caches.
+Numbers = Sequence[float]
 
 
-def convex_minorant(ms: Array) -> Array:
+def convex_minorant(ms: Numbers) -> list[float]:
     """The greatest convex curve below ms [n]: no jag of it can end a search early.
 
     On a convex cost the rate rises, then falls: survivals come in falling order, so tokens are concave in their number.
@@ -29,12 +31,13 @@ def convex_minorant(ms: Array) -> Array:
         ):
             hull.pop()
         hull.append(i)
-    return np.interp(np.arange(len(ms)), hull, ms[hull])
+    smooth: list[float] = np.interp(np.arange(len(ms)), hull, [ms[i] for i in hull]).tolist()
+    return smooth
 
 
 def admit(
-    survival: Sequence[Array],
-    ms: Array,
+    survival: Sequence[Numbers],
+    ms: Numbers,
     *,
     early_stop: bool,
     carry: tuple[float, float] = (0.0, 0.0),
@@ -42,8 +45,8 @@ def admit(
 ) -> list[int]:
     """How many tokens of each draft to verify.
 
-    survival:   one array [k_r] a request, each falling
-    ms:         float64 [n], n > sum of k_r: cost of a round that verifies 0, 1, ... draft tokens in all
+    survival:   [k_r] for each request, each falling
+    ms:         [n], n > sum of k_r: cost of a round that verifies 0, 1, ... draft tokens in all
     early_stop: stop at the first drop (sampled drafts: admission of position k then rests on survivals up to k only; `ms`
                 should be convex). Otherwise the best number over the whole curve, jags and all.
     carry:      (tokens, ms) of the recent past
@@ -55,22 +58,21 @@ def admit(
         return [0] * len(sizes)
     if len(sizes) == 1:
         return [_best_count(survival[0][:total], 1, ms, carry, early_stop)]
-    values = np.concatenate(survival)
+    values = np.fromiter(chain.from_iterable(survival), dtype=np.float64)
     # Stable: of equal survivals the earlier position comes first, so every admitted set is a prefix of each draft.
     order = np.argsort(-values, kind="stable")[:total]
-    count = _best_count(values[order], len(sizes), ms, carry, early_stop)
+    count = _best_count(values[order].tolist(), len(sizes), ms, carry, early_stop)
     rows = np.repeat(np.arange(len(sizes)), sizes)[order[:count]]
     return [int(n) for n in np.bincount(rows, minlength=len(sizes))]
 
 
-def _best_count(falling: Array, requests: int, ms: Array, carry: tuple[float, float], early_stop: bool) -> int:
+def _best_count(falling: Numbers, requests: int, ms: Numbers, carry: tuple[float, float], early_stop: bool) -> int:
     """How many of the survivals (already in falling order) to admit."""
     tokens, spent = requests + carry[0], carry[1]
-    count, best = 0, tokens / (float(ms[0]) + spent)
-    costs = ms[: len(falling) + 1].tolist()
-    for i, survival in enumerate(falling.tolist(), start=1):
+    count, best = 0, tokens / (ms[0] + spent)
+    for i, survival in enumerate(falling, start=1):
         tokens += survival
-        rate = tokens / (costs[i] + spent)
+        rate = tokens / (ms[i] + spent)
         if rate > best:
             count, best = i, rate
         elif early_stop:

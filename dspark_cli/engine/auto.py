@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from dspark_cli.backends.base import Draft
-from dspark_cli.engine.admission import Array, admit, convex_minorant
+from dspark_cli.engine.admission import Numbers, admit, convex_minorant
 from dspark_cli.engine.beliefs import NOTHING, Belief
 from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.guard import LENT, LENT_TRUSTED, Budget, Guard
@@ -69,10 +69,10 @@ class AutoSchedule(Schedule):
         self._budget = Budget()
         self._regimes: dict[int, Regime] = {}
         self._now = self._regime(1)
-        self._plan = Plan(1, 0.0, (), lambda: np.zeros(1), 0.0, 1.0, 1.0)
-        self._recent: deque[Array] = deque(maxlen=48)  # survivals [k] of drafts that passes made
+        self._plan = Plan(1, 0.0, (), lambda: [0.0], 0.0, 1.0, 1.0)
+        self._recent: deque[Numbers] = deque(maxlen=48)  # survivals [k] of drafts that passes made
         self._pass_sources: set[str] = set()
-        self._smooth: dict[int, Array] = {}  # by the number of tokens that would repeat the last pass
+        self._smooth: dict[int, list[float]] = {}  # by the number of tokens that would repeat the last pass
         self._smooth_left = 0
         self._parked: str | None = None
         self._asked_earlier = False
@@ -132,7 +132,7 @@ class AutoSchedule(Schedule):
             shared,
             depth,
             limits,
-            lambda: self.costs.verify_ms(shared, depth, most)[shared:],
+            lambda: self.costs.verify_ms(shared, depth, most, start=shared),
             alone,
             plain,
             shared * rate / plain,
@@ -194,7 +194,7 @@ class AutoSchedule(Schedule):
             self._recent.extend(self._known)
         if len(self._recent) < ENOUGH:
             return
-        survival = np.mean([_extended(a, block) for a in self._recent], axis=0)
+        survival = np.mean([_extended(a, block) for a in self._recent], axis=0).tolist()
         rate = self._expected_rate(survival)
         now.pass_guard = self._guard(
             trusted=rate >= TRUSTED, hopeful=rate >= HOPELESS, requests=now.pass_guard.requests
@@ -205,19 +205,21 @@ class AutoSchedule(Schedule):
             now.pass_guard.park(rate, "expected", trial=2 * trial / plan.plain)
 
     @property
-    def _known(self) -> list[Array]:
+    def _known(self) -> list[Numbers]:
         """How drafts of earlier runs survived on average, as often as it takes to be believed; [] if that is unknown."""
         known = next((b.survival for source, b in self.beliefs.items() if source != "lookup" and b.survival), ())
-        return [np.asarray(known)] * ENOUGH if known else []
+        return [known] * ENOUGH if known else []
 
-    def _expected_rate(self, survival: Array) -> float:
+    def _expected_rate(self, survival: Numbers) -> float:
         """Speed over plain decoding if drafts of every request survive as they did on average, at the best block."""
         plan = self._plan
         longest = min(len(survival), (len(plan.verify) - 1) // plan.shared)
-        tokens = 1.0 + np.cumsum(survival[:longest])
-        verified = plan.steady_ms(plan.shared * longest)[plan.shared :: plan.shared]
-        drafted = [self.costs.pass_ms(plan.shared, b, plan.depth) for b in range(1, longest + 1)]
-        return float((tokens / (verified + drafted)).max(initial=0.0)) * plan.plain
+        ms = plan.steady_ms(plan.shared * longest)
+        best, tokens = 0.0, 1.0
+        for b in range(1, longest + 1):
+            tokens += survival[b - 1]
+            best = max(best, tokens / (ms[plan.shared * b] + self.costs.pass_ms(plan.shared, b, plan.depth)))
+        return best * plan.plain
 
     def _pass_block(self, limit: int) -> int:
         """The block whose tokens pay for what drafting them costs, over the drafts of the recent past."""
@@ -227,7 +229,7 @@ class AutoSchedule(Schedule):
             return block
         best, plan = limit, self._plan
         if len(self._recent) >= ENOUGH and self.costs.draft is not None:
-            extra = (plan.verify[1 : limit + 1] - plan.alone) * plan.worth
+            extra = (np.asarray(plan.verify[1 : limit + 1]) - plan.alone) * plan.worth
             gains = np.stack([_extended(a, limit) for a in self._recent]).cumsum(axis=1) - extra
             best_upto = np.maximum.accumulate(np.maximum(gains, 0.0), axis=1).mean(axis=0)
             costs = [
@@ -251,7 +253,7 @@ class AutoSchedule(Schedule):
         plan.expected += promised
         return lengths
 
-    def _lengths(self, drafts: Sequence[Draft], offered: Sequence[Array]) -> tuple[list[int], float]:
+    def _lengths(self, drafts: Sequence[Draft], offered: Sequence[Numbers]) -> tuple[list[int], float]:
         """Tokens to verify of each draft, of which `offered` may be, and the accepted tokens a request that they promise."""
         plan, size = self._plan, sum(map(len, offered))
         if not size:
@@ -265,7 +267,7 @@ class AutoSchedule(Schedule):
         promised = 0.0
         for a, n in zip(offered, lengths, strict=True):
             if n:
-                promised += sum(a[:n].tolist())
+                promised += sum(a[:n])
         promised /= plan.shared
         # For sampled drafts a look at all that was admitted would anticipate.
         if sampled or not promised or (1.0 + promised) * ms[0] > WORTH * ms[sum(lengths)]:
@@ -287,7 +289,7 @@ class AutoSchedule(Schedule):
         # What a pass for all would have brought and cost, from the few that are watched.
         scale = plan.shared / len(self._watched)
         size = min(round(sum(lengths) * scale), len(plan.verify) - 1)
-        extra = float(plan.verify[size] - plan.alone) / plan.plain
+        extra = (plan.verify[size] - plan.alone) / plan.plain
         self._trial = Trial(
             self._watched,
             survival,
@@ -315,14 +317,14 @@ class AutoSchedule(Schedule):
                 judged.append((outcome, x))
             # An answer that ended early left positions unjudged: they count as they were expected.
             unknown = outcome.kept == outcome.judged < length
-            brought += float(trial.survival[i][:length].sum()) if unknown else min(outcome.kept, length)
+            brought += sum(trial.survival[i][:length]) if unknown else min(outcome.kept, length)
         self._learn(judged)
         survival = [trial.survival[i] for i in trial.watched]
         self._count_pass(trial.regime, [o.draft for o in outcomes], survival, trial.expected, trial.extra)
         trial.regime.pass_guard.observe(trial.expected, 1.0 + brought / len(outcomes), trial.cost, spent=trial.spent)
 
-    def _beliefs(self, drafts: Sequence[Draft]) -> tuple[list[Array], list[Array]]:
-        """(survivals, logits), one array [k] a draft."""
+    def _beliefs(self, drafts: Sequence[Draft]) -> tuple[list[Numbers], list[Numbers]]:
+        """(survivals, logits), [k] of each draft."""
         if len(drafts) == 1 and len(drafts[0]):
             return self._belief(drafts[0].source).of(drafts)
         survival, logits = [NOTHING] * len(drafts), [NOTHING] * len(drafts)
@@ -338,7 +340,7 @@ class AutoSchedule(Schedule):
             self.beliefs[source] = Belief(learns=source not in OWN_HISTORY)
         return self.beliefs[source]
 
-    def _offered(self, survival: Sequence[Array]) -> Sequence[Array]:
+    def _offered(self, survival: Sequence[Numbers]) -> Sequence[Numbers]:
         """Survivals of what may be verified: little in a trial, nothing of quick drafts while those are parked."""
         if self._watched:
             survival = [NOTHING if i in self._watched else a for i, a in enumerate(survival)]
@@ -353,7 +355,7 @@ class AutoSchedule(Schedule):
             self.quick_guard.skipped()
         return [NOTHING for _ in survival]
 
-    def _smoothed(self) -> Array:
+    def _smoothed(self) -> list[float]:
         """The convex curve below the costs of a round, kept for some: they change slowly, and one over many requests is long.
 
         Over all that could have been drafted: how much was is the drafter's knowledge, not the past's.
@@ -413,7 +415,7 @@ class AutoSchedule(Schedule):
             self.quick_guard.observe(plan.expected, brought, cost)
 
     def _count_pass(
-        self, regime: Regime, drafts: Sequence[Draft], survival: Sequence[Array], expected: float, extra: float
+        self, regime: Regime, drafts: Sequence[Draft], survival: Sequence[Numbers], expected: float, extra: float
     ) -> None:
         """Remember what a pass was worth: `expected` tokens a request, for `extra` plain tokens of verifying."""
         plan = self._plan
@@ -435,9 +437,9 @@ class AutoSchedule(Schedule):
         for source in self._pass_sources:
             self._belief(source).platt.fade(share)
 
-    def _learn(self, judged: Iterable[tuple[Outcome, Array]]) -> None:
+    def _learn(self, judged: Iterable[tuple[Outcome, Numbers]]) -> None:
         """Outcomes with the logits they were judged by."""
-        found: dict[str, list[tuple[Outcome, Array]]] = {}
+        found: dict[str, list[tuple[Outcome, Numbers]]] = {}
         for outcome, x in judged:
             if outcome.judged and len(x):
                 found.setdefault(outcome.draft.source, []).append((outcome, x))
@@ -460,9 +462,7 @@ class AutoSchedule(Schedule):
         return self._parked
 
 
-def _extended(survival: Array, size: int) -> Array:
-    """Survivals [size] of a shorter draft, going on as they went on average."""
-    if len(survival) >= size:
-        return survival[:size]
-    ratio = float(survival[-1]) ** (1.0 / len(survival))
-    return np.concatenate([survival, survival[-1] * ratio ** np.arange(1, size - len(survival) + 1)])
+def _extended(survival: Numbers, size: int) -> list[float]:
+    """Survivals [size] of a draft, of a shorter one going on as they went on average."""
+    ratio = survival[-1] ** (1.0 / len(survival))
+    return [*survival[:size], *[survival[-1] * ratio**k for k in range(1, size - len(survival) + 1)]]

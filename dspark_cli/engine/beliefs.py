@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ import numpy as np
 from platformdirs import user_data_path
 
 from dspark_cli.backends.base import Draft
-from dspark_cli.engine.admission import Array
-from dspark_cli.engine.calibration import OnlinePlatt, PositionHistory, Sts, logit
+from dspark_cli.engine.admission import Numbers
+from dspark_cli.engine.calibration import OnlinePlatt, PositionHistory, Sts, logit, logit_of
 from dspark_cli.engine.profile import Notice
 from dspark_cli.engine.schedule import Outcome
 
 SCHEMA = "dspark-calibration/1"
-NOTHING: Array = np.empty(0)
+NOTHING: Numbers = ()
 
 
 @dataclass
@@ -41,19 +42,16 @@ class Belief:
     platt: OnlinePlatt = field(default_factory=OnlinePlatt)
     history: PositionHistory = field(default_factory=PositionHistory)
 
-    def of(self, drafts: Sequence[Draft]) -> tuple[list[Array], list[Array]]:
-        """(survivals, logits of the confidences after STS) of drafts that are not empty, one array [k] each.
+    def of(self, drafts: Sequence[Draft]) -> tuple[list[Numbers], list[Numbers]]:
+        """(survivals [k], logits [k] of the confidences after STS) of drafts that are not empty.
 
         The logits are what `learn` needs: empty where nothing is learned.
         """
         if not self.learns and not self.sts.temperatures and all(d.confidence is not None for d in drafts):
-            taken = [d.confidence.cumprod(dtype=np.float64) for d in drafts]  # type: ignore[union-attr]
-            return taken, [NOTHING] * len(drafts)
+            return [products(d.confidence.tolist()) for d in drafts], [NOTHING] * len(drafts)  # type: ignore[union-attr]
         if len(drafts) == 1 and drafts[0].confidence is not None:  # a single request: as quick as it can be
-            x = logit(drafts[0].confidence)  # type: ignore[arg-type]
-            if self.sts.temperatures:
-                x = x / self.sts.upto(len(x))
-            return [self.platt(x).cumprod()], [x]
+            x = self.sts.divided([logit_of(c) for c in drafts[0].confidence.tolist()])
+            return [products(self.platt.of(x))], [x]
         sizes = [len(draft) for draft in drafts]
         width = max(sizes)
         if any(d.confidence is None for d in drafts):
@@ -68,9 +66,9 @@ class Belief:
             conditional = self.platt(joined)
             ends = list(itertools.accumulate(sizes))
             bounds = [slice(end - n, end) for end, n in zip(ends, sizes, strict=True)]
-        return [conditional[where].cumprod() for where in bounds], [joined[where] for where in bounds]
+        return [conditional[where].cumprod().tolist() for where in bounds], [joined[where].tolist() for where in bounds]
 
-    def learn(self, seen: Sequence[tuple[Outcome, Array]]) -> None:
+    def learn(self, seen: Sequence[tuple[Outcome, Numbers]]) -> None:
         """Outcomes of one round with the logits they were judged by."""
         logits: list[float] = []
         happened: list[float] = []
@@ -79,10 +77,15 @@ class Belief:
             if outcome.draft.confidence is None:
                 self.history.update(reached, outcome.kept)
                 continue
-            logits += x[:reached].tolist()
+            logits += x[:reached]
             happened += [1.0] * outcome.kept + [0.0] * (reached - outcome.kept)
         if logits and self.learns:
             self.platt.update(logits, happened)
+
+
+def products(conditional: Iterable[float]) -> list[float]:
+    """Survivals from the chance of each token, given those before it."""
+    return list(itertools.accumulate(conditional, operator.mul))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,12 @@ def logit(p: Array) -> Array:
     return np.log(clipped / (1.0 - clipped))
 
 
+def logit_of(p: float) -> float:
+    """The same of one number."""
+    p = max(min(p, 1.0 - EDGE), EDGE)
+    return math.log(p / (1.0 - p))
+
+
 def sigmoid(x: Array) -> Array:
     return 1.0 / (1.0 + np.exp(-x))
 
@@ -120,8 +126,17 @@ class Sts:
 
     def upto(self, width: int) -> Array:
         """Temperatures [width]."""
+        return np.asarray(self._upto(width))
+
+    def _upto(self, width: int) -> Sequence[float]:
         temperatures = self.temperatures or (1.0,)
-        return np.asarray((temperatures + temperatures[-1:] * width)[:width])
+        return (temperatures + temperatures[-1:] * width)[:width]
+
+    def divided(self, logits: list[float]) -> list[float]:
+        """Logits [k] of one draft, each divided by its temperature."""
+        if not self.temperatures:
+            return logits
+        return [x / t for x, t in zip(logits, self._upto(len(logits)), strict=True)]
 
 
 def fit_sts(rounds: Recorded, grid: Array = GRID, at_least: int = 50) -> Sts:
@@ -192,7 +207,12 @@ class OnlinePlatt:
     _PRIOR = (16.0, 0.0, 1.0)  # slope within a quarter of 1, offset within 1 of 0
 
     def __call__(self, logits: Array) -> Array:
-        return 1.0 / (1.0 + np.exp(-self.slope * logits - self.offset))
+        return sigmoid(self.slope * logits + self.offset)
+
+    def of(self, logits: Sequence[float]) -> list[float]:
+        """The same of a few numbers, which is quicker than as an array."""
+        slope, offset = self.slope, self.offset
+        return [1.0 / (1.0 + math.exp(-slope * x - offset)) for x in logits]
 
     def update(self, logits: Sequence[float], happened: Sequence[float]) -> None:
         """Positions that were reached, with what became of them (0 or 1). A few: quicker as numbers than as arrays."""

@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-
-Array = npt.NDArray[np.float64]
 
 DRIFT_RATE = 0.2  # share of a surprise that is put down to the machine as a whole (other load, clock frequency)
 CELL_RATE = 0.03  # least share that is put down to this width alone
@@ -39,7 +36,7 @@ class Curve:
         self._stale = False
         self._ms = self._dense(max(size or 0, max(self.known)))
 
-    def _dense(self, size: int) -> Array:
+    def _dense(self, size: int) -> list[float]:
         """ms [size + 1]; entry 0 is 0. Beyond the last known point the curve goes on with its mean slope."""
         tokens = np.fromiter(self.known, dtype=np.float64)
         ms = np.fromiter(self.known.values(), dtype=np.float64)
@@ -48,18 +45,19 @@ class Curve:
         slope = max(0.0, (ms[-1] - ms[0]) / (tokens[-1] - tokens[0])) if len(ms) > 1 else ms[0] * 0.3
         dense += np.maximum(0.0, wanted - tokens[-1]) * slope
         dense[0] = 0.0
-        return dense
+        numbers: list[float] = dense.tolist()
+        return numbers
 
-    def upto(self, size: int) -> Array:
-        """ms [size + 1] (a view, index = tokens)."""
+    def upto(self, size: int, start: int = 0) -> list[float]:
+        """ms of `start`, ..., `size` tokens."""
         if self._stale or size >= len(self._ms):
             self._ms = self._dense(max(size + size // 4, len(self._ms) - 1))
             self._stale = False
-        return self._ms[: size + 1]
+        return self._ms[start : size + 1]
 
     def at(self, tokens: int) -> float:
         known = self.known.get(tokens)
-        return float(self.upto(tokens)[tokens]) if known is None else known
+        return self.upto(tokens, tokens)[0] if known is None else known
 
     def refine(self, tokens: int, ratio: float) -> None:
         """A pass of `tokens` took `ratio` times what `at(tokens)` says."""
@@ -121,23 +119,25 @@ class CostModel:
         """A guess to start from where there is no profile: the shape of a small CPU, the scale of the first pass seen."""
         return cls(Curve({1: 10.0, 2: 14.0, 4: 20.0, 8: 32.0, 16: 58.0}), measured=False)
 
-    def verify_ms(self, shared: int, depth: float, size: int) -> Array:
-        """ms [size + 1] of a pass by its tokens, for `shared` sequences with `depth` cached tokens each, as of now."""
-        curve = self._curve(shared).upto(size)
-        if depth != self.depth and self.slope != (0.0, 0.0):
-            deeper = curve + self._deeper(self.slope, shared, depth, np.arange(size + 1.0))
-            # Never below half of what was measured: the line is fitted on two depths only.
-            curve = deeper if depth > self.depth else np.maximum(deeper, 0.5 * curve)
-        return curve * self.drift
+    def verify_ms(self, shared: int, depth: float, size: int, start: int = 0) -> list[float]:
+        """ms of passes of `start`, ..., `size` tokens, for `shared` sequences with `depth` cached tokens each, as of now."""
+        curve, drift = self._curve(shared).upto(size, start), self.drift
+        if depth == self.depth or self.slope == (0.0, 0.0):
+            return [ms * drift for ms in curve]
+        fixed, each = self._deeper(self.slope, shared, depth, 0), self._deeper((0.0, self.slope[1]), shared, depth, 1)
+        if depth > self.depth:
+            return [(ms + fixed + n * each) * drift for n, ms in enumerate(curve, start)]
+        # Never below half of what was measured: the line is fitted on two depths only.
+        return [max(ms + fixed + n * each, 0.5 * ms) * drift for n, ms in enumerate(curve, start)]
 
     def verify_at(self, shared: int, depth: float, tokens: int) -> float:
         """The last of `verify_ms(shared, depth, tokens)`."""
         ms = self._curve(shared).at(tokens)
         if depth != self.depth and self.slope != (0.0, 0.0):
-            ms = max(ms + float(self._deeper(self.slope, shared, depth, tokens)), 0.5 * ms)
+            ms = max(ms + self._deeper(self.slope, shared, depth, tokens), 0.5 * ms)
         return ms * self.drift
 
-    def _deeper(self, slope: tuple[float, float], shared: int, depth: float, tokens: Array | float) -> Any:
+    def _deeper(self, slope: tuple[float, float], shared: int, depth: float, tokens: float) -> float:
         """ms that a pass of `tokens` over all sequences takes longer than at the profiled depth."""
         fixed, per_token = slope
         return (depth - self.depth) * (fixed * shared + per_token * tokens * (shared if self.crowded else 1))

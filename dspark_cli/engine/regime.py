@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dspark_cli.engine.admission import Array
+from dspark_cli.engine.admission import Numbers
 from dspark_cli.engine.guard import Guard
 
 FADE = 0.9  # the recent past that a round's rate is counted with: about 10 rounds, as copying ends as suddenly as it begins
@@ -26,7 +26,7 @@ class Plan:
     shared: int
     depth: float
     limits: Sequence[int]
-    curve: Callable[[], Array]
+    curve: Callable[[], list[float]]
     alone: float
     plain: float
     worth: float
@@ -35,14 +35,14 @@ class Plan:
     passed: int = 0
     asked: int = 0
     pass_ms: float = 0.0
-    survival: Sequence[Array] = ()
-    logits: Sequence[Array] = ()
+    survival: Sequence[Numbers] = ()
+    logits: Sequence[Numbers] = ()
     expected: float = 1.0  # tokens per request
     verified: int = 0
-    _verify: Array | None = None
+    _verify: list[float] | None = None
 
     @property
-    def verify(self) -> Array:
+    def verify(self) -> list[float]:
         """ms [1 + all limits] of a pass with 0, 1, ... draft tokens."""
         if self._verify is None:
             self._verify = self.curve()
@@ -51,10 +51,10 @@ class Plan:
     @property
     def extra_ms(self) -> float:
         """What the pass takes longer than one of plain decoding, which has one like it before it."""
-        wider = float(self.verify[self.verified]) - self.alone if self.verified else 0.0
+        wider = self.verify[self.verified] - self.alone if self.verified else 0.0
         return wider + (0.0 if self.verified == self.repeated else self.switch)
 
-    def round_ms(self, size: int) -> Array:
+    def round_ms(self, size: int) -> list[float]:
         """ms [size + 1] of the round by the number of draft tokens it verifies, for choosing one.
 
         As many as in the last round are cheaper. Not none: a drafting round that verifies nothing would only tempt the next to.
@@ -64,17 +64,20 @@ class Plan:
             ms[self.repeated] -= self.switch
         return ms
 
-    def steady_ms(self, size: int) -> Array:
+    def steady_ms(self, size: int) -> list[float]:
         """The same where the last round verified as many; several requests hardly ever do, unless none of them drafts."""
-        ms = self.verify[: size + 1] + (self.plain - self.alone + self.pass_ms)
-        if self.shared > 1:
-            ms[1:] += self.switch
-        return ms
+        beside = self.plain - self.alone + self.pass_ms
+        wider = beside + self.switch if self.shared > 1 else beside
+        return [self.verify[0] + beside, *[ms + wider for ms in self.verify[1 : size + 1]]]
 
-    def gain(self, survival: Array) -> float:
+    def gain(self, survival: Numbers) -> float:
         """Tokens that verifying the best prefix of a draft gains over not verifying it."""
         ms = self.round_ms(len(survival))
-        return max(0.0, float((survival.cumsum() - (ms[1:] - ms[0]) * self.worth).max()))
+        best = tokens = 0.0
+        for n, survives in enumerate(survival, start=1):
+            tokens += survives
+            best = max(best, tokens - (ms[n] - ms[0]) * self.worth)
+        return best
 
 
 @dataclass
@@ -87,8 +90,8 @@ class Trial:
     """
 
     watched: Sequence[int]
-    survival: Sequence[Array]
-    logits: Sequence[Array]
+    survival: Sequence[Numbers]
+    logits: Sequence[Numbers]
     lengths: Sequence[int]
     expected: float
     cost: float
