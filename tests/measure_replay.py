@@ -1,23 +1,27 @@
 """The default policy on recorded answers and drafts, on a clock that takes what the profile of this machine says: no noise of
 the machine, so differences of a percent between two policies can be seen.
 
-    python tests/measure_replay.py [--formats F16,Q8_0,Q4_1] [--caution 1.0,1.6,2.0] [--kept] [--documents FILE --count N]
+    python tests/measure_replay.py [--formats F16,Q8_0,Q4_1] [--caution 1.0,1.6,2.0] [--kept] [--more]
+    python tests/measure_replay.py --documents FILE --count N
 
-Answers are the target's own, greedy, to the prompts of `dspark bench --local`, or texts of `documents.jsonl` of a training; at
-every position the drafter's block is recorded. What is replayed is the real engine with the real lookup; `auto` also pays
-`EXTRA_MS` a round, for deciding.
+Answers are the target's own, greedy, to the prompts of `dspark bench --local` (four a kind), to those of replay_prompts.jsonl
+(sixteen a kind), or texts of `documents.jsonl` of a training; at every position the drafter's block is recorded. What is
+replayed is the real engine with the real lookup; `auto` also pays `EXTRA_MS` a round, for deciding. Static lengths are
+replayed too: the best is chosen afterwards, for each kind, by its mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 
@@ -25,13 +29,13 @@ from dspark_cli.backends import lookup
 from dspark_cli.backends.base import Draft, DraftRequest, FloatArray, Row, RowOutput
 from dspark_cli.backends.combined import CombinedDrafter
 from dspark_cli.bench.formats import requantize
-from dspark_cli.bench.prompts import KINDS
+from dspark_cli.bench.prompts import KINDS, Prompt
 from dspark_cli.engine.auto import AutoSchedule
 from dspark_cli.engine.beliefs import load_beliefs
 from dspark_cli.engine.costs import CostModel
 from dspark_cli.engine.decode import Engine
 from dspark_cli.engine.rounds import Request, SamplingOptions
-from dspark_cli.engine.schedule import Off
+from dspark_cli.engine.schedule import Fixed, Off
 from dspark_cli.engine.session import OpenOptions, Session
 from dspark_cli.registry import resolve
 from dspark_cli.training.documents import read_documents
@@ -43,6 +47,7 @@ NOISE = 0.03  # of a pass's time, log-normal
 EXTRA_MS = 0.1
 TAKE_IN_MS = 0.065  # a token's features, beyond the first: the profile times what a round hands over
 Written = tuple[str, list[int], list[int]]  # kind, prompt, answer
+MORE = Path(__file__).parent / "replay_prompts.jsonl"
 AHEAD = 6  # tokens of a recorded answer that are left over, so that the last drafts can be judged
 
 
@@ -56,12 +61,12 @@ class Recorded:
     drafts: list[Draft]
 
 
-def answers(session: Session, tokens: int) -> Iterator[Written]:
-    """The target's answers to the prompts of the bench."""
-    for prompts in KINDS.values():
-        for prompt in prompts:
-            request = prompt.request(session, tokens + AHEAD, SamplingOptions())
-            yield prompt.kind, list(request.prompt), [t for r in session.run(request, plain=True) for t in r.tokens]
+def answers(session: Session, tokens: int, *, more: bool) -> Iterator[Written]:
+    """The target's answers to the prompts of the bench, or to more."""
+    kinds = (Prompt(**json.loads(line)) for line in MORE.read_text().splitlines())
+    for prompt in kinds if more else chain.from_iterable(KINDS.values()):
+        request = prompt.request(session, tokens + AHEAD, SamplingOptions())
+        yield prompt.kind, list(request.prompt), [t for r in session.run(request, plain=True) for t in r.tokens]
 
 
 def written(path: Path, count: int) -> Iterator[Written]:
@@ -144,6 +149,11 @@ def decode_ms(engine: Engine, text: Recorded, tokens: int) -> float:
     return sum(r.times.total for r in engine.run([request]) if not r.is_prefill)
 
 
+def plain_ms(text: Recorded, costs: CostModel, seed: int, tokens: int) -> float:
+    clock = Clock()
+    return decode_ms(Engine(ReplayTarget(text, costs, clock, seed, 0.0), None, Off(), clock=clock), text, tokens)
+
+
 def replay(
     texts: Sequence[Recorded], costs: CostModel, drafter: Path, tokens: int, kept: bool
 ) -> dict[str, list[float]]:
@@ -151,14 +161,24 @@ def replay(
     ratios: dict[str, list[float]] = defaultdict(list)
     schedule = None
     for seed, text in enumerate(texts):
-        clock = Clock()
-        plain = decode_ms(Engine(ReplayTarget(text, costs, clock, seed, 0.0), None, Off(), clock=clock), text, tokens)
+        clock, plain = Clock(), plain_ms(text, costs, seed, tokens)
         if schedule is None or not kept:
             schedule = AutoSchedule(copy.deepcopy(costs), beliefs=load_beliefs(drafter, print))
         target = ReplayTarget(text, costs, clock, seed, EXTRA_MS)
         both = CombinedDrafter(ReplayDrafter(text, target), lookup.LookupDrafter(), clock=clock)
         ratios[text.kind].append(plain / decode_ms(Engine(target, both, schedule, clock=clock), text, tokens))
     return ratios
+
+
+def fixed(texts: Sequence[Recorded], costs: CostModel, length: int, tokens: int) -> dict[str, float]:
+    """Mean speed over plain decoding of a static length, by kind; without what deciding costs."""
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for seed, text in enumerate(texts):
+        clock = Clock()
+        target = ReplayTarget(text, costs, clock, seed, 0.0)
+        engine = Engine(target, ReplayDrafter(text, target), Fixed(length), clock=clock)
+        ratios[text.kind].append(plain_ms(text, costs, seed, tokens) / decode_ms(engine, text, tokens))
+    return {kind: fmean(found) for kind, found in ratios.items()}
 
 
 def _shown(ratios: Sequence[float]) -> str:
@@ -171,6 +191,7 @@ def main() -> None:
     parser.add_argument("--formats", default="F16,Q8_0,Q4_1")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--caution", default=str(lookup.CAUTION), help="powers of lookup's prior, one run each")
+    parser.add_argument("--more", action="store_true", help="the prompts of replay_prompts.jsonl")
     parser.add_argument("--documents", type=Path)
     parser.add_argument("--count", type=int, default=90, help="of the documents (default 90)")
     parser.add_argument("--kept", action="store_true", help="one session answers all prompts, not each a fresh one")
@@ -182,13 +203,23 @@ def main() -> None:
         with Session.open(OpenOptions(path, MODEL, drafter_path=found.drafter_path, ctx=2048)) as session:
             costs = copy.deepcopy(session.costs)
             given = options.documents
-            texts = record(session, written(given, options.count) if given else answers(session, options.tokens))
+            texts = record(
+                session, written(given, options.count) if given else answers(session, options.tokens, more=options.more)
+            )
+        lengths = range(1, len(texts[0].drafts[0]) + 1)
+        static = [fixed(texts, costs, n, options.tokens) for n in lengths]
         for caution in map(float, options.caution.split(",")):
             lookup.CAUTION = caution
             ratios = replay(texts, costs, found.drafter_path, options.tokens, options.kept)
             every = [r for kind in ratios.values() for r in kind]
             cells = "  ".join(f"{kind} {_shown(r)}" for kind, r in ratios.items())
             print(f"{word} caution {caution:g}: all {_shown(every)}  {cells}", flush=True)
+            best = {kind: max(zip((s[kind] for s in static), lengths, strict=True)) for kind in ratios}
+            means = "  ".join(
+                f"{kind} {fmean(r):.3f} of {best[kind][0]:.3f} (fixed:{best[kind][1]}), {fmean(r) / best[kind][0]:.3f}"
+                for kind, r in ratios.items()
+            )
+            print(f"{word} means, of the best static length: {means}", flush=True)
 
 
 if __name__ == "__main__":

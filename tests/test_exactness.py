@@ -19,7 +19,7 @@ from dspark_cli.backends.base import Draft, Drafter, DraftRequest
 from dspark_cli.backends.lookup import LookupDrafter
 from dspark_cli.backends.standalone import StandaloneDrafter
 from dspark_cli.engine import sampling
-from dspark_cli.engine.admission import Array, admit
+from dspark_cli.engine.admission import admit
 from dspark_cli.engine.auto import AutoSchedule
 from dspark_cli.engine.beliefs import Belief
 from dspark_cli.engine.calibration import OnlinePlatt
@@ -124,7 +124,7 @@ def jagged_auto(kind: type[AutoSchedule] = AutoSchedule, *, learns: bool = True)
 
 
 class Credulous(OnlinePlatt):
-    def update(self, logits: Array, happened: Array) -> None:
+    def update(self, logits: Sequence[float], happened: Sequence[float]) -> None:
         pass
 
 

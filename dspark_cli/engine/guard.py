@@ -21,8 +21,8 @@ NEAR = 0.9  # a speed over plain decoding that another text may well lift above 
 LOOK_SHARE = 0.015  # of an answer that a trial at its beginning may take, where other texts are drafted well
 LOOK_AFTER = 6  # rounds into the answer: its first words are much the same whatever follows
 LENT = 1.5  # tokens that an answer may lose to speculation before it has gained any
-# Where earlier runs promise a gain, stopping early costs more than it saves (docs/bench.md).
-LENT_TRUSTED = 3.0
+# Where earlier runs promise a gain, stopping early costs more than it saves (docs/measurements.md).
+LENT_TRUSTED = 6.0
 LENT_SHARE = 0.01  # of its rounds, on top of that
 
 
@@ -61,7 +61,7 @@ class Guard:
     first_wait: rounds parked after the first failure; doubles with each probe that fails, up to `longest_wait`,
                 and for probes that only watch up to where they take `TRIAL_SHARE` of the time
     patience:   tokens an account may lose before parking, expected and observed; a probe has `probe_share` of it
-    trusted:    whether earlier runs showed that it pays; otherwise the first rounds are a probe too
+    trusted:    whether earlier runs showed that it pays: twice the patience; otherwise the first rounds are a probe too
     hopeful:    whether they showed that it about pays on the whole: then it does on some texts, and each new one gets a look
     requests:   that decode together: accounts are means over them, so their noise, and the patience, shrink with the root
     """
@@ -90,7 +90,9 @@ class Guard:
 
     def __post_init__(self) -> None:
         if self.trusted:
+            # Parking early costs more than it saves, as with the budget.
             self.first_wait, self.probe_share = max(1, self.first_wait // 2), 2 * self.probe_share
+            self.patience = (2 * self.patience[0], 2 * self.patience[1])
         soon, late = self.patience
         self.patience = (soon / sqrt(self.requests), late / sqrt(self.requests))
         self._probing = not self.trusted
