@@ -10,10 +10,10 @@ FLOAT_WEIGHTS = ("F32", "F16", "BF16")
 STEADY_WEIGHTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
 #: KV types that attention without flash can read (libllama refuses a quantized V there)
 FLOAT_KV = ("f32", "f16", "bf16")
-#: with more sequences in one cache, scores of each with the tokens of all others cost more than flash (docs/bench.md)
+#: with more sequences in one cache, scores of each with the tokens of all others cost more than flash (docs/measurements.md)
 FEW_SEQUENCES = 8
 UBATCH = 512
-#: rows of a ubatch where scores are written out: half the memory, and prompts run faster than at 512 (docs/bench.md)
+#: rows of a ubatch where scores are written out: half the memory, and prompts run faster than at 512 (docs/measurements.md)
 UBATCH_SCORES = 256
 
 
@@ -25,7 +25,7 @@ def few_sequences(file_format: str) -> int:
 
 
 def flash_word(word: str, kv_type: str, on_cpu: bool, n_seq: int, *, few: int) -> str:
-    """`auto` decided where it could be measured (docs/bench.md); a GPU's attention is left to libllama.
+    """`auto` decided where it could be measured (docs/measurements.md); a GPU's attention is left to libllama.
 
     On a CPU libllama's flash attention costs a token of a verify pass nearly as much as a pass of its own from a few
     hundred tokens of context on, and from 256 tokens on other bits than in a pass of one. Without flash attention is two

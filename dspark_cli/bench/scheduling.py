@@ -3,6 +3,7 @@
     python -m dspark_cli.bench.scheduling
 
 Each figure is the median over rounds of everything the policy does in a round (draft? how much to verify? what was learned).
+"cold" is the same where other memory was read between rounds, as the passes of a model do.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from dspark_cli.engine.decode import judge
 from dspark_cli.engine.guard import Guard
 from dspark_cli.engine.rounds import Times
 
+SWEPT_BYTES = 64 << 20  # read and written before a cold round: more than caches hold
+COLD_ROUNDS = 200
 LIMITS_US = {1: 50.0, 64: 1000.0}  # what a round may take, by number of requests
 
 
@@ -31,8 +34,9 @@ def costs(widest: int) -> CostModel:
     return CostModel(Curve(verify), draft=Curve({1: 1.0, 16: 1.5}), switch_ms=0.6)
 
 
-def round_us(requests: int, gamma: int, *, sampled: bool, rounds: int) -> list[float]:
-    """Microseconds of the policy in each of `rounds` rounds."""
+def round_us(requests: int, gamma: int, *, sampled: bool, rounds: int, cold: bool = False) -> list[float]:
+    """Microseconds of the policy in each of `rounds` rounds; `cold`: nothing of it is in the caches."""
+    swept = np.zeros(SWEPT_BYTES // 8) if cold else np.zeros(0)
     random = np.random.default_rng(0)
     # Drafting and verifying every round: rounds that are parked, or only watch, are quicker.
     schedule = AutoSchedule(costs(requests * (gamma + 1)), guard=partial(Guard, patience=(1e9, 1e9), trusted=True))
@@ -42,6 +46,7 @@ def round_us(requests: int, gamma: int, *, sampled: bool, rounds: int) -> list[f
         conf = random.uniform(0.5, 1.0, size=(requests, gamma)).astype(np.float32)
         drafts = [Draft(tokens, conf[i], probs, "dspark") for i in range(requests)]
         accepted = (random.random((requests, gamma)) < conf).cumprod(axis=1).sum(axis=1).tolist()
+        swept += 1.0
         began = time.perf_counter()
         blocks = schedule.block([gamma] * requests, 500.0)
         schedule.passes(blocks, [EMPTY_DRAFT] * requests)
@@ -65,6 +70,7 @@ def main() -> None:
     for requests, limit in LIMITS_US.items():
         for sampled in (False, True):
             us = round_us(requests, options.gamma, sampled=sampled, rounds=max(200, options.rounds // requests))
+            cold = round_us(requests, options.gamma, sampled=sampled, rounds=COLD_ROUNDS, cold=True)
             drafts = "sampled" if sampled else "deterministic"
             rows.append(
                 {
@@ -73,6 +79,7 @@ def main() -> None:
                     "drafts": drafts,
                     "median_us": round(median(us), 1),
                     "p90_us": round(quantiles(us, n=10)[-1], 1),
+                    "cold_us": round(median(cold), 1),
                     "limit_us": limit,
                 }
             )
@@ -82,7 +89,7 @@ def main() -> None:
     for row in rows:
         print(
             f"R={row['requests']:<3} gamma={row['gamma']} {row['drafts']:14} median {row['median_us']:7.1f} us  "
-            f"p90 {row['p90_us']:7.1f} us  (limit {row['limit_us']:.0f})"
+            f"p90 {row['p90_us']:7.1f} us  cold {row['cold_us']:7.1f} us  (limit {row['limit_us']:.0f})"
         )
 
 

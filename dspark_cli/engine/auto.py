@@ -110,7 +110,7 @@ class AutoSchedule(Schedule):
             if regime.pass_guard.hopeful:
                 self._fade(NEW_TEXT)
             if known := self._known:
-                # What many texts were like says more about this one than the last did (docs/bench.md).
+                # What many texts were like says more about this one than the last did (docs/measurements.md).
                 self._recent.clear()
                 self._recent.extend(known)
                 regime.judged = False
