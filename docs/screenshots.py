@@ -22,16 +22,7 @@ from dspark_cli.tui.app import ChatApp, make_app
 from dspark_cli.tui.messages import Sent
 
 FOLDER = Path(__file__).parent
-CODE = """Add type hints to this code and repeat it:
-
-def total(prices, tax):
-    amount = 0
-    for price in prices:
-        amount = amount + price
-    amount = amount + amount * tax
-    return amount
-"""
-STORY = "Write a short story about a lost dog."
+CODE = "Write a Python function that returns the largest number of a list, and explain it."
 
 
 async def ask(pilot: Pilot[None], text: str) -> None:
@@ -60,11 +51,6 @@ async def raced(pilot: Pilot[None]) -> None:
     await pilot.pause(0.3)
 
 
-async def story(pilot: Pilot[None]) -> None:
-    """Where drafting does not pay."""
-    await ask(pilot, STORY)
-
-
 async def keys(pilot: Pilot[None]) -> None:
     await pilot.press("f1")
     await pilot.pause(0.3)
@@ -73,14 +59,13 @@ async def keys(pilot: Pilot[None]) -> None:
 PICTURES: dict[str, tuple[tuple[int, int], Callable[[Pilot[None]], Awaitable[None]]]] = {
     "chat": ((124, 46), speculating),
     "chat-race": ((124, 46), raced),
-    "chat-story": ((124, 46), story),
     "chat-narrow": ((80, 24), speculating),
     "chat-keys": ((100, 44), keys),
 }
 
 
 async def picture(size: tuple[int, int], how: Callable[[Pilot[None]], Awaitable[None]], history: Path) -> str:
-    options = PairOptions("smollm2-135m", "lookup", "auto", "auto", None, None, None, None, "f16", "auto", True)
+    options = PairOptions("smollm2-135m", "auto", "auto", "auto", None, None, None, None, "f16", "auto", True)
     app: ChatApp = make_app(PairOpener(options), settings=Settings(max_tokens=220), history=history)
     async with app.run_test(size=size) as pilot:
         await done(pilot)

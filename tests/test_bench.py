@@ -175,6 +175,15 @@ def test_plots_of_little() -> None:
     assert len(ticks(0, 173.0)) <= 7
 
 
+@pytest.mark.parametrize(
+    ("right", "marked"), [(0.2, ["0.05", "0.1"]), (17.0, ["1", "16", "17"]), (301.0, ["100", "300"])]
+)
+def test_every_width_of_a_plot_has_some_marks_and_not_too_many(right: float, marked: list[str]) -> None:
+    marks = re.findall(r'y="248" class="tick"[^>]*>([^<]*)', lines("t", {"a": [(0.0, 1.0), (right, 2.0)]}, "x", "y"))
+    assert set(marked) <= set(marks)
+    assert 4 <= len(marks) <= 21
+
+
 class TestCalibrate:
     def test_halves_ece_and_says_so(self) -> None:
         halves = Halves("dspark", law(2000, 3, [2.5, 2.5, 2.5], seed=1), law(2000, 3, [2.5, 2.5, 2.5], seed=2))

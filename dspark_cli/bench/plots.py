@@ -8,6 +8,7 @@ from html import escape
 WIDTH, HEIGHT = 640, 274
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 40, 40  # above the plot: the title, and a line for the legend
 CHARACTER = 6.5  # pixels of a letter, about
+WHOLE = (3, 20)  # a width from this to that is marked by its whole numbers, any other by about five round ones
 COLOURS = ("#3366aa", "#cc6633", "#339966", "#993388", "#888822", "#557788", "#aa3344", "#666666")
 
 Points = Sequence[tuple[float, float]]
@@ -113,8 +114,9 @@ def lines(
     left, right = min(a for a, _ in points), max(a for a, _ in points)
     highest = max(b for _, b in points)
     axes = Axes(title, (left, right), (bottom, top or highest + 0.08 * (highest - bottom)), x_label, y_label)
-    for tick in range(int(left), int(right) + 1):
-        axes.x_tick(tick, str(tick))
+    whole = WHOLE[0] <= right - left <= WHOLE[1]
+    for tick in range(int(left), int(right) + 1) if whole else ticks(left, right):
+        axes.x_tick(tick, f"{tick:g}")
     for i, curve in enumerate(curves.values()):
         axes.line(curve, colour_of(i))
         for point in curve:
