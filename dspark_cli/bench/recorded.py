@@ -48,7 +48,7 @@ def record(
     temperatures: Sequence[float],
     progress: Callable[[int, int], None] = lambda done, wanted: None,
 ) -> Halves:
-    """Answer prompts of all kinds until `rounds` rounds with a draft are there, or the prompts are used up."""
+    """Answer prompts of all kinds until `rounds` rounds with a draft are there, in both halves, or the prompts are used up."""
     halves: tuple[list[tuple[tuple[float, ...], int, int]], ...] = ([], [])
     source = drafter.kind
     engine = Engine(session.target, drafter, Fixed(drafter.pass_block))
@@ -63,7 +63,7 @@ def record(
                     halves[half].append((item.confidence, item.verified, item.accepted))
         done = sum(map(len, halves))
         progress(min(done, rounds), rounds)
-        if done >= rounds:
+        if done >= rounds and all(halves):  # a long answer may be enough, but leaves nothing to judge by
             break
     return Halves(source, Recorded.of(halves[0]), Recorded.of(halves[1]))
 
