@@ -63,8 +63,8 @@ class Recorded:
 
 def answers(session: Session, tokens: int, *, more: bool) -> Iterator[Written]:
     """The target's answers to the prompts of the bench, or to more."""
-    kinds = (Prompt(**json.loads(line)) for line in MORE.read_text().splitlines())
-    for prompt in kinds if more else chain.from_iterable(KINDS.values()):
+    of_file = [Prompt(**json.loads(line)) for line in MORE.read_text().splitlines()] if more else []
+    for prompt in of_file or chain.from_iterable(KINDS.values()):
         request = prompt.request(session, tokens + AHEAD, SamplingOptions())
         yield prompt.kind, list(request.prompt), [t for r in session.run(request, plain=True) for t in r.tokens]
 
@@ -149,35 +149,42 @@ def decode_ms(engine: Engine, text: Recorded, tokens: int) -> float:
     return sum(r.times.total for r in engine.run([request]) if not r.is_prefill)
 
 
-def plain_ms(text: Recorded, costs: CostModel, seed: int, tokens: int) -> float:
-    clock = Clock()
-    return decode_ms(Engine(ReplayTarget(text, costs, clock, seed, 0.0), None, Off(), clock=clock), text, tokens)
+def plain_ms(texts: Sequence[Recorded], costs: CostModel, tokens: int) -> list[float]:
+    """What each text takes without drafting."""
+    found = []
+    for seed, text in enumerate(texts):
+        clock = Clock()
+        engine = Engine(ReplayTarget(text, costs, clock, seed, 0.0), None, Off(), clock=clock)
+        found.append(decode_ms(engine, text, tokens))
+    return found
 
 
 def replay(
-    texts: Sequence[Recorded], costs: CostModel, drafter: Path, tokens: int, kept: bool
+    texts: Sequence[Recorded], plain: Sequence[float], costs: CostModel, drafter: Path, tokens: int, kept: bool
 ) -> dict[str, list[float]]:
     """Speed over plain decoding of each text, by kind; `kept`: one session answers them all."""
     ratios: dict[str, list[float]] = defaultdict(list)
     schedule = None
-    for seed, text in enumerate(texts):
-        clock, plain = Clock(), plain_ms(text, costs, seed, tokens)
+    for seed, (text, alone) in enumerate(zip(texts, plain, strict=True)):
+        clock = Clock()
         if schedule is None or not kept:
             schedule = AutoSchedule(copy.deepcopy(costs), beliefs=load_beliefs(drafter, print))
         target = ReplayTarget(text, costs, clock, seed, EXTRA_MS)
         both = CombinedDrafter(ReplayDrafter(text, target), lookup.LookupDrafter(), clock=clock)
-        ratios[text.kind].append(plain / decode_ms(Engine(target, both, schedule, clock=clock), text, tokens))
+        ratios[text.kind].append(alone / decode_ms(Engine(target, both, schedule, clock=clock), text, tokens))
     return ratios
 
 
-def fixed(texts: Sequence[Recorded], costs: CostModel, length: int, tokens: int) -> dict[str, float]:
+def fixed(
+    texts: Sequence[Recorded], plain: Sequence[float], costs: CostModel, length: int, tokens: int
+) -> dict[str, float]:
     """Mean speed over plain decoding of a static length, by kind; without what deciding costs."""
     ratios: dict[str, list[float]] = defaultdict(list)
-    for seed, text in enumerate(texts):
+    for seed, (text, alone) in enumerate(zip(texts, plain, strict=True)):
         clock = Clock()
         target = ReplayTarget(text, costs, clock, seed, 0.0)
         engine = Engine(target, ReplayDrafter(text, target), Fixed(length), clock=clock)
-        ratios[text.kind].append(plain_ms(text, costs, seed, tokens) / decode_ms(engine, text, tokens))
+        ratios[text.kind].append(alone / decode_ms(engine, text, tokens))
     return {kind: fmean(found) for kind, found in ratios.items()}
 
 
@@ -207,10 +214,11 @@ def main() -> None:
                 session, written(given, options.count) if given else answers(session, options.tokens, more=options.more)
             )
         lengths = range(1, len(texts[0].drafts[0]) + 1)
-        static = [fixed(texts, costs, n, options.tokens) for n in lengths]
+        plain = plain_ms(texts, costs, options.tokens)
+        static = [fixed(texts, plain, costs, n, options.tokens) for n in lengths]
         for caution in map(float, options.caution.split(",")):
             lookup.CAUTION = caution
-            ratios = replay(texts, costs, found.drafter_path, options.tokens, options.kept)
+            ratios = replay(texts, plain, costs, found.drafter_path, options.tokens, options.kept)
             every = [r for kind in ratios.values() for r in kind]
             cells = "  ".join(f"{kind} {_shown(r)}" for kind, r in ratios.items())
             print(f"{word} caution {caution:g}: all {_shown(every)}  {cells}", flush=True)
